@@ -1,0 +1,1 @@
+"""Where state lives: shards on Ray, the links to them, the journal, deadlines and recovery."""

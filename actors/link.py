@@ -1,0 +1,455 @@
+"""The ordered connection between a gateway and a shard, both ends: a WebSocket of binary frames.
+
+The gateway's end (`Link`) keeps what was not answered and sends it again, in order, to the shard's next incarnation;
+every command carries an id, so that is safe. The shard's end (`LinkServer`) feeds what arrives to the shard as one turn.
+"""
+
+import asyncio
+import hmac
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import asyncpg
+import msgspec
+import picows
+
+from actors.directory import Owner
+from actors.messages import (
+    VERSION,
+    Answer,
+    Answered,
+    Batch,
+    GatewayFrame,
+    GetAuction,
+    Greeting,
+    Output,
+    Payload,
+    Proof,
+    Published,
+    Request,
+    ShardFrame,
+    Subscribe,
+    Unsubscribe,
+    Welcome,
+    decode_gateway_frame,
+    decode_shard_frame,
+    encode,
+    proof,
+)
+from actors.shard import Shard
+from engine.limits import (
+    BUSY_RETRY_MS,
+    COMMAND_TIMEOUT_MS,
+    LINK_BATCH_MAX,
+    LINK_DEAD_MS,
+    LINK_FRAME_BYTES_MAX,
+    LINK_GREETING_MS,
+    LINK_IN_FLIGHT_MAX,
+    LINK_PING_MS,
+    LINK_WRITE_BYTES_MAX,
+    SECOND_MS,
+)
+from engine.rejections import Rejection
+
+logger = logging.getLogger(__name__)
+
+_NONCE_BYTES: Final = 32
+_SENDS_MAX: Final = 2
+"""A command that was in flight at so many deaths of a shard is not sent again: it may be what kills it."""
+_RETRY_S: Final = 0.05
+_BUSY = Rejection("busy", "Too much is going on here just now.", is_transient=True, retry_after_ms=BUSY_RETRY_MS)
+_UNAVAILABLE = Rejection("unavailable", "This auction cannot be reached just now.", is_transient=True)
+_UNKNOWN = Rejection(
+    "outcome_unknown", "This may or may not have been done: send it again with the same id.", is_transient=True
+)
+_POISONOUS = Rejection("internal", "Something went wrong on our side.", is_transient=True)
+
+
+class _Pulse:
+    """Pings a peer and notices when it stays silent.
+
+    Silence is counted in pings, not by the clock: a process that was itself held up reads what has arrived meanwhile
+    before it judges its peer.
+    """
+
+    def __init__(self, transport: picows.WSTransport) -> None:
+        self._transport = transport
+        self._unanswered = 0
+        self._timer = asyncio.get_running_loop().call_later(LINK_PING_MS / SECOND_MS, self._beat)
+
+    def heard(self) -> None:
+        self._unanswered = 0
+
+    def stop(self) -> None:
+        self._timer.cancel()
+
+    def _beat(self) -> None:
+        if self._unanswered * LINK_PING_MS >= LINK_DEAD_MS:
+            logger.warning("the other end of a link stays silent")
+            self._transport.disconnect(graceful=False)
+            return
+        self._unanswered += 1
+        self._transport.send_ping()
+        self._timer = asyncio.get_running_loop().call_later(LINK_PING_MS / SECOND_MS, self._beat)
+
+
+# The shard's end
+
+
+class LinkServer:
+    """Where the gateways' links to one shard end."""
+
+    def __init__(self, shard: Shard, number: int, epoch: int, secret: bytes) -> None:
+        self.shard = shard
+        self.number = number
+        self.epoch = epoch
+        self.secret = secret
+        self.ends: set[_ShardEnd] = set()
+        self._server: asyncio.Server | None = None
+
+    async def listen(self, host: str) -> str:
+        """Take links at a free port; return the address as `host:port`."""
+        self._server = await picows.ws_create_server(
+            lambda _request: _ShardEnd(self),
+            host,
+            0,
+            max_frame_size=LINK_FRAME_BYTES_MAX,
+            websocket_handshake_timeout=LINK_GREETING_MS / SECOND_MS,
+            logger_name="link",
+        )
+        return f"{host}:{self._server.sockets[0].getsockname()[1]}"
+
+    def close(self) -> None:
+        """Take no more links and end those that there are."""
+        if self._server is not None:
+            self._server.close()
+        for end in list(self.ends):
+            end.close()
+
+
+class _ShardEnd(picows.WSListener):
+    """One link, at the shard. It is the shard's outlet to this gateway."""
+
+    def __init__(self, server: LinkServer) -> None:
+        self._server = server
+        self._nonce = os.urandom(_NONCE_BYTES)
+        self._is_open = False
+        self.is_gone = False
+        self._transport: picows.WSTransport
+        self._pulse: _Pulse
+
+    def deliver(self, messages: list[Answered | Published]) -> None:
+        """See `Outlet`: out at once, as one frame; a gateway that does not read is cut off and comes back."""
+        if self.is_gone:
+            return
+        self._transport.send(picows.WSMsgType.BINARY, encode(Output(messages)))
+        if self._transport.underlying_transport.get_write_buffer_size() > LINK_WRITE_BYTES_MAX:
+            logger.warning("a gateway does not read its link: it is cut off")
+            self.close()
+
+    def close(self) -> None:
+        self._transport.disconnect(graceful=False)
+
+    def on_ws_connected(self, transport: picows.WSTransport) -> None:
+        self._transport = transport
+        self._pulse = _Pulse(transport)
+        self._server.ends.add(self)
+        greeting = Greeting(VERSION, self._server.number, self._server.epoch, self._nonce)
+        transport.send(picows.WSMsgType.BINARY, encode(greeting))
+
+    def on_ws_frame(self, transport: picows.WSTransport, frame: picows.WSFrame) -> None:
+        self._pulse.heard()
+        if frame.msg_type == picows.WSMsgType.BINARY:
+            try:
+                message: GatewayFrame = decode_gateway_frame(frame.get_payload_as_memoryview())
+            except msgspec.MsgspecError as error:
+                logger.warning("a link sent what is not of its protocol: %s", error)
+                transport.disconnect(graceful=False)
+                return
+            self._receive(message)
+        elif frame.msg_type == picows.WSMsgType.CLOSE:
+            transport.disconnect()
+
+    def on_ws_disconnected(self, transport: picows.WSTransport) -> None:
+        self.is_gone = True
+        self._pulse.stop()
+        self._server.ends.discard(self)
+        self._server.shard.leave(self)
+
+    def pause_writing(self) -> None:
+        """The write budget is checked at each delivery."""
+
+    def resume_writing(self) -> None:
+        """See `pause_writing`."""
+
+    def _receive(self, message: GatewayFrame) -> None:
+        server = self._server
+        if isinstance(message, Batch) and self._is_open:
+            server.shard.take(message.requests, self)
+        elif isinstance(message, Proof) and not self._is_open:
+            expected = proof(server.secret, "gateway", self._nonce, server.number, server.epoch)
+            if not hmac.compare_digest(message.mac, expected):
+                logger.warning("a link was refused: its other end does not hold the cluster's secret")
+                self.close()
+                return
+            self._is_open = True
+            welcome = Welcome(proof(server.secret, "shard", message.nonce, server.number, server.epoch))
+            self._transport.send(picows.WSMsgType.BINARY, encode(welcome))
+        else:
+            logger.warning("a link was refused: %s out of turn", type(message).__name__)
+            self.close()
+
+
+# The gateway's end
+
+
+class _InFlight:
+    """A request that waits for its answer."""
+
+    __slots__ = ("expires_at", "on_answer", "request", "sends")
+
+    def __init__(self, request: Request, on_answer: Callable[[Answer], None], expires_at: float) -> None:
+        self.request = request
+        self.on_answer = on_answer
+        self.expires_at = expires_at
+        self.sends = 0
+        """Incarnations of the shard that got it."""
+
+
+class Link:
+    """A gateway's connection to one shard, through all its incarnations.
+
+    `find_owner` looks the shard up; `on_published` gets its events; `on_open` is called with the shard whenever a
+    link has opened, before anything is sent again, so that topics can be asked for anew.
+    """
+
+    def __init__(
+        self,
+        *,
+        gateway: str,
+        shard: int,
+        secret: bytes,
+        find_owner: Callable[[int], Awaitable[Owner | None]],
+        on_published: Callable[[Published], None],
+        on_open: Callable[[int], None],
+    ) -> None:
+        self.shard = shard
+        self._gateway = gateway
+        self._secret = secret
+        self._find_owner = find_owner
+        self._on_published = on_published
+        self._on_open = on_open
+        self._epoch = 0
+        self._next_request = 1
+        self._in_flight: dict[int, _InFlight] = {}
+        self._batch: list[_InFlight] = []
+        self._end: _GatewayEnd | None = None
+        self._opened: asyncio.Event = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._tasks = [self._loop.create_task(self._keep_open()), self._loop.create_task(self._expire())]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the shard can be reached at this moment."""
+        return self._end is not None
+
+    async def opened(self) -> None:
+        """Wait until the shard can be reached."""
+        await self._opened.wait()
+
+    async def close(self) -> None:
+        """Give up: what was not answered never will be."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._end is not None:
+            self._end.disconnect()
+
+    def submit(self, payload: Payload, on_answer: Callable[[Answer], None]) -> None:
+        """Send a request with all that comes in this turn of the loop; `on_answer` gets its answer, once."""
+        if len(self._in_flight) >= LINK_IN_FLIGHT_MAX:
+            on_answer(_BUSY)
+            return
+        number = self._next_request
+        self._next_request += 1
+        waiting = _InFlight(Request(number, payload), on_answer, self._loop.time() + COMMAND_TIMEOUT_MS / SECOND_MS)
+        if not isinstance(payload, Unsubscribe):
+            self._in_flight[number] = waiting
+        if self._end is not None:
+            self._queue(waiting)
+
+    def _queue(self, waiting: _InFlight) -> None:
+        if not self._batch:
+            self._loop.call_soon(self._flush)
+        self._batch.append(waiting)
+
+    def _flush(self) -> None:
+        """Send what has come since; if the link broke meanwhile it is sent when the next one opens."""
+        batch, self._batch = self._batch, []
+        if self._end is None:
+            return
+        for start in range(0, len(batch), LINK_BATCH_MAX):
+            part = batch[start : start + LINK_BATCH_MAX]
+            for waiting in part:
+                waiting.sends += 1
+            self._end.send(Batch([waiting.request for waiting in part]))
+
+    async def _keep_open(self) -> None:
+        """Look the owner up, link to it, and start over when the link has broken."""
+        while True:
+            end = await self._connect()
+            if end is None:
+                await asyncio.sleep(_RETRY_S)
+                continue
+            self._open(end)
+            await end.closed
+            self._end = None
+            self._opened.clear()
+            logger.info("the link to shard %d broke", self.shard)
+
+    async def _connect(self) -> "_GatewayEnd | None":
+        """Link to the shard's newest incarnation; None if it cannot be reached just now."""
+        try:
+            owner = await self._find_owner(self.shard)
+            if owner is None or owner.address is None or owner.epoch < self._epoch:
+                return None
+            end = _GatewayEnd(self._gateway, self.shard, owner.epoch, self._secret, self._receive)
+            await picows.ws_connect(
+                lambda _request, _response: end,
+                f"ws://{owner.address}/",
+                max_frame_size=LINK_FRAME_BYTES_MAX,
+                websocket_handshake_timeout=LINK_GREETING_MS / SECOND_MS,
+                logger_name="link",
+            )
+            async with asyncio.timeout(LINK_GREETING_MS / SECOND_MS):
+                await asyncio.shield(end.opened)
+        except (OSError, picows.WSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            logger.debug("shard %d cannot be reached: %s", self.shard, error)
+            return None
+        return end
+
+    def _open(self, end: "_GatewayEnd") -> None:
+        """A link is open: send again, in order, what was not answered."""
+        is_same_incarnation = end.epoch == self._epoch
+        self._epoch = end.epoch
+        self._end = end
+        waiting = list(self._in_flight.values())
+        self._batch = []
+        self._on_open(self.shard)
+        for one in waiting:
+            if is_same_incarnation and one.sends > 0:
+                one.sends -= 1
+            if one.sends >= _SENDS_MAX:
+                self._answer(one.request.request, _POISONOUS)
+            else:
+                self._queue(one)
+        self._opened.set()
+
+    async def _expire(self) -> None:
+        """Tell those who have waited too long. A shard that can be reached answers sooner."""
+        while True:
+            await asyncio.sleep(LINK_PING_MS / SECOND_MS)
+            now = self._loop.time()
+            while self._in_flight:
+                number, waiting = next(iter(self._in_flight.items()))
+                if waiting.expires_at > now:
+                    break
+                is_question = isinstance(waiting.request.payload, GetAuction | Subscribe)
+                self._batch = [one for one in self._batch if one is not waiting]
+                self._answer(number, _UNAVAILABLE if is_question or waiting.sends == 0 else _UNKNOWN)
+
+    def _receive(self, messages: list[Answered | Published]) -> None:
+        for message in messages:
+            if isinstance(message, Answered):
+                self._answer(message.request, message.answer)
+            else:
+                self._on_published(message)
+
+    def _answer(self, number: int, answer: Answer) -> None:
+        waiting = self._in_flight.pop(number, None)
+        if waiting is not None:
+            waiting.on_answer(answer)
+
+
+class _GatewayEnd(picows.WSListener):
+    """One link, at the gateway, to one incarnation of a shard."""
+
+    def __init__(
+        self,
+        gateway: str,
+        shard: int,
+        epoch_min: int,
+        secret: bytes,
+        on_messages: Callable[[list[Answered | Published]], None],
+    ) -> None:
+        self.epoch = epoch_min
+        self._gateway = gateway
+        self._shard = shard
+        self._secret = secret
+        self._on_messages = on_messages
+        self._nonce = os.urandom(_NONCE_BYTES)
+        loop = asyncio.get_running_loop()
+        self.opened: asyncio.Future[None] = loop.create_future()
+        self.closed: asyncio.Future[None] = loop.create_future()
+        self._transport: picows.WSTransport
+        self._pulse: _Pulse
+
+    def send(self, message: GatewayFrame) -> None:
+        self._transport.send(picows.WSMsgType.BINARY, encode(message))
+
+    def disconnect(self) -> None:
+        self._transport.disconnect(graceful=False)
+
+    def on_ws_connected(self, transport: picows.WSTransport) -> None:
+        self._transport = transport
+        self._pulse = _Pulse(transport)
+
+    def on_ws_frame(self, transport: picows.WSTransport, frame: picows.WSFrame) -> None:
+        self._pulse.heard()
+        if frame.msg_type == picows.WSMsgType.BINARY:
+            try:
+                message: ShardFrame = decode_shard_frame(frame.get_payload_as_memoryview())
+            except msgspec.MsgspecError as error:
+                logger.warning("shard %d sent what is not of the link's protocol: %s", self._shard, error)
+                self.disconnect()
+                return
+            self._handle(message)
+        elif frame.msg_type == picows.WSMsgType.CLOSE:
+            transport.disconnect()
+
+    def on_ws_disconnected(self, transport: picows.WSTransport) -> None:
+        self._pulse.stop()
+        if not self.opened.done():
+            self.opened.set_exception(ConnectionResetError("the link broke before it was open"))
+        self.closed.set_result(None)
+
+    def pause_writing(self) -> None:
+        """What may be in flight is bounded, and with it what may be unsent."""
+
+    def resume_writing(self) -> None:
+        """See `pause_writing`."""
+
+    def _handle(self, message: ShardFrame) -> None:
+        if isinstance(message, Output) and self.opened.done():
+            self._on_messages(message.messages)
+        elif isinstance(message, Greeting):
+            self._prove(message)
+        elif isinstance(message, Welcome) and not self.opened.done():
+            expected = proof(self._secret, "shard", self._nonce, self._shard, self.epoch)
+            if hmac.compare_digest(message.mac, expected):
+                self.opened.set_result(None)
+                return
+            logger.warning("shard %d does not hold the cluster's secret", self._shard)
+            self.disconnect()
+
+    def _prove(self, greeting: Greeting) -> None:
+        """Answer the shard's challenge, unless it is another shard's, or an incarnation that has been replaced."""
+        if greeting.version != VERSION or greeting.shard != self._shard or greeting.epoch < self.epoch:
+            logger.info("an owner of shard %d was refused: epoch %d", self._shard, greeting.epoch)
+            self.disconnect()
+            return
+        self.epoch = greeting.epoch
+        mac = proof(self._secret, "gateway", greeting.nonce, self._shard, self.epoch)
+        self.send(Proof(self._gateway, self._nonce, mac))

@@ -1,0 +1,170 @@
+"""What a gateway and a shard say to each other on a link: frames of msgpack, ids as 16 bytes.
+
+A link opens with a proof on both sides that they hold the cluster's secret, which itself is never sent: the shard
+greets (`Greeting`), the gateway proves and challenges (`Proof`), the shard proves (`Welcome`). From then on the gateway
+sends `Batch` frames and the shard `Output` frames, each a list in order.
+"""
+
+import hmac
+from typing import Final, Literal
+from uuid import UUID
+
+import msgspec
+
+from engine.auction import Snapshot
+from engine.commands import CancelAuction, EndAuction, OpenAuction, PlaceBid
+from engine.rejections import Rejection
+
+VERSION: Final = 1
+"""The version of this link protocol; both ends must speak the same one."""
+
+
+# Gateway to shard
+
+
+class GetAuction(msgspec.Struct, frozen=True, tag="get", array_like=True):
+    """Ask for an auction as `viewer` may see it."""
+
+    auction: UUID
+    viewer: UUID | None
+
+
+class Subscribe(msgspec.Struct, frozen=True, tag="subscribe", array_like=True):
+    """Ask for an auction's events from now on, on this link, and for what was missed after `since`."""
+
+    auction: UUID
+    viewer: UUID | None
+    since: int | None
+
+
+class Unsubscribe(msgspec.Struct, frozen=True, tag="unsubscribe", array_like=True):
+    """Stop an auction's events on this link. Has no answer."""
+
+    auction: UUID
+
+
+Payload = OpenAuction | PlaceBid | EndAuction | CancelAuction | GetAuction | Subscribe | Unsubscribe
+
+
+class Request(msgspec.Struct, frozen=True, array_like=True):
+    """Something to do or to tell; the answer carries the same `request` number."""
+
+    request: int
+    payload: Payload
+
+
+class Proof(msgspec.Struct, frozen=True, tag="proof", array_like=True):
+    """The gateway holds the secret (`mac` over the shard's nonce), and challenges the shard with its own `nonce`."""
+
+    gateway: str
+    nonce: bytes
+    mac: bytes
+
+
+class Batch(msgspec.Struct, frozen=True, tag="batch", array_like=True):
+    """What came to the gateway in one turn of its loop, in order."""
+
+    requests: list[Request]
+
+
+GatewayFrame = Proof | Batch
+
+
+# Shard to gateway
+
+
+class You(msgspec.Struct, frozen=True):
+    """How the viewer stands in an auction in which it bids."""
+
+    paddle: int
+    max_amount: int
+    is_leading: bool
+
+
+class BidAccepted(msgspec.Struct, frozen=True, tag="bid_accepted", array_like=True):
+    """The bid is in the journal, at `seq`. Amounts in minor units, as they were right after it."""
+
+    seq: int
+    hash: bytes
+    at: int
+    outcome: Literal["leading", "outbid"]
+    price: int
+    paddle: int
+    max_amount: int
+    minimum: int
+    end_time: int
+
+
+class AuctionView(msgspec.Struct, frozen=True, tag="view", array_like=True):
+    """An auction at `seq`: what everybody sees, how the viewer stands, and what only some may see."""
+
+    seq: int
+    snapshot: Snapshot
+    you: You | None
+    maker: UUID
+    reserve_price: int | None
+    """For its maker and admins only: the gateway decides."""
+    ended_at: int | None
+
+
+class Subscribed(msgspec.Struct, frozen=True, tag="subscribed", array_like=True):
+    """Events of the topic follow from `seq` + 1 on: with `events` (recovered: all after `since`) or a snapshot."""
+
+    seq: int
+    events: bytes | None
+    """Public events as JSON objects, joined by commas; None where they could not be recovered."""
+    snapshot: Snapshot | None
+    you: You | None
+
+
+Answer = BidAccepted | AuctionView | Subscribed | Rejection
+
+
+class Answered(msgspec.Struct, frozen=True, tag="answered", array_like=True):
+    """The answer to one request."""
+
+    request: int
+    answer: Answer
+
+
+class Published(msgspec.Struct, frozen=True, tag="published", array_like=True):
+    """Events `first` to `last` of a topic, committed: public JSON objects, joined by commas."""
+
+    topic: UUID
+    first: int
+    last: int
+    events: bytes
+
+
+class Greeting(msgspec.Struct, frozen=True, tag="greeting", array_like=True):
+    """Who serves here, and since which takeover (`epoch`)."""
+
+    version: int
+    shard: int
+    epoch: int
+    nonce: bytes
+
+
+class Welcome(msgspec.Struct, frozen=True, tag="welcome", array_like=True):
+    """The shard holds the secret too (`mac` over the gateway's nonce): the link is open."""
+
+    mac: bytes
+
+
+class Output(msgspec.Struct, frozen=True, tag="output", array_like=True):
+    """Answers and events, in the order in which they were decided."""
+
+    messages: list[Answered | Published]
+
+
+ShardFrame = Greeting | Welcome | Output
+
+_ENCODER = msgspec.msgpack.Encoder(uuid_format="bytes")
+encode: Final = _ENCODER.encode
+decode_gateway_frame: Final = msgspec.msgpack.Decoder(GatewayFrame).decode
+decode_shard_frame: Final = msgspec.msgpack.Decoder(ShardFrame).decode
+
+
+def proof(secret: bytes, side: Literal["gateway", "shard"], nonce: bytes, shard: int, epoch: int) -> bytes:
+    """What only a holder of the cluster's secret can say to `nonce`, for this shard in this epoch, on this side."""
+    return hmac.digest(secret, f"gavel/{VERSION}/{side}/{shard}/{epoch}/".encode() + nonce, "sha256")

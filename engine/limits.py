@@ -1,0 +1,88 @@
+"""Every bound of the engine, with the relations between them asserted.
+
+Amounts are integers in a currency's minor unit, times and durations integer milliseconds.
+"""
+
+SECOND_MS = 1_000
+MINUTE_MS = 60 * SECOND_MS
+HOUR_MS = 60 * MINUTE_MS
+DAY_MS = 24 * HOUR_MS
+
+# Numbers and amounts
+INTEGER_MAX = 2**53 - 1
+"""JSON readers that hold numbers as doubles lose integers above this one (RFC 8259, section 6)."""
+AMOUNT_MAX = 9_999_999_999
+"""99,999,999.99 in cents: the product keeps amounts as `DECIMAL(10,2)`."""
+
+# Auctions
+TITLE_LENGTH_MAX = 200
+REASON_LENGTH_MAX = 500
+INCREMENT_STEPS_MAX = 64
+AUCTION_DURATION_MS_MAX = 366 * DAY_MS
+AUCTION_NOTICE_MS_MAX = 366 * DAY_MS
+SOFT_CLOSE_WINDOW_MS_MAX = DAY_MS
+SOFT_CLOSE_EXTENSION_MS_MAX = DAY_MS
+SOFT_CLOSE_TOTAL_MS_MAX = 30 * DAY_MS
+
+# Client sockets
+FRAME_BYTES_MAX = 16 * 1024
+REF_LENGTH_MAX = 64
+TOKEN_LENGTH_MAX = 4 * 1024
+SUBSCRIPTIONS_MAX = 100
+IN_FLIGHT_MAX = 64
+ERRORS_MAX = 50
+"""So many malformed messages within `ERRORS_WINDOW_MS` close a socket."""
+ERRORS_WINDOW_MS = 10 * SECOND_MS
+HELLO_TIMEOUT_MS = 5 * SECOND_MS
+HEARTBEAT_MS = 15 * SECOND_MS
+HEARTBEATS_MISSED_MAX = 2
+TOKEN_GRACE_MS = 60 * SECOND_MS
+CLOSE_TIMEOUT_MS = 1 * SECOND_MS
+"""How long a socket's peer may take to answer a close before the connection is cut."""
+CLOSE_REASON_BYTES_MAX = 123
+"""A control frame holds 125 bytes, a close's code two of them (RFC 6455, section 5.5)."""
+SOCKET_WRITE_BYTES_MAX = 1024 * 1024
+"""Bytes that a client has not read; over it the socket is closed as too slow."""
+SOCKETS_MAX = 20_000
+"""Sockets of one gateway."""
+
+# Links between gateways and shards
+LINK_FRAME_BYTES_MAX = 16 * 1024 * 1024
+LINK_BATCH_MAX = 1_024
+LINK_IN_FLIGHT_MAX = 8_192
+LINK_WRITE_BYTES_MAX = 64 * 1024 * 1024
+LINK_PING_MS = 250
+LINK_DEAD_MS = 1 * SECOND_MS
+LINK_GREETING_MS = 2 * SECOND_MS
+COMMAND_TIMEOUT_MS = 8 * SECOND_MS
+"""How long a gateway keeps a command for a shard that is away before it tells the client."""
+
+# Shards
+SLOTS = 1_024
+SHARD_LINE_MAX = 8_192
+"""Commands that a shard holds undecided or uncommitted before it answers `busy`."""
+APPEND_EVENTS_MAX = 4_096
+VERDICTS_REMEMBERED = 10_000
+EVENTS_PER_SNAPSHOT = 2_000
+RESUME_EVENTS_MAX = 1_000
+"""A subscriber that missed more than this gets a snapshot."""
+IDLE_MS = 60 * SECOND_MS
+ALIVE_MS = 500
+OWNER_SILENT_MS = 2 * SECOND_MS
+BUSY_RETRY_MS = 250
+CLOCK_SYNC_MS = MINUTE_MS
+
+# HTTP
+BODY_BYTES_MAX = 1024 * 1024
+PAGE_LIMIT_DEFAULT = 20
+PAGE_LIMIT_MAX = 100
+
+assert AMOUNT_MAX <= INTEGER_MAX
+# A verdict that is not committed yet must still be remembered when its retry arrives.
+assert SHARD_LINE_MAX < VERDICTS_REMEMBERED
+assert LINK_IN_FLIGHT_MAX <= SHARD_LINE_MAX
+assert LINK_BATCH_MAX * FRAME_BYTES_MAX <= LINK_FRAME_BYTES_MAX
+assert LINK_PING_MS * 2 < LINK_DEAD_MS
+assert ALIVE_MS * 2 < OWNER_SILENT_MS
+assert SOFT_CLOSE_EXTENSION_MS_MAX <= SOFT_CLOSE_TOTAL_MS_MAX
+assert TOKEN_LENGTH_MAX < FRAME_BYTES_MAX

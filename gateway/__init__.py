@@ -1,0 +1,1 @@
+"""The only door: HTTP and WebSocket in, frames out."""

@@ -1,0 +1,1 @@
+"""The HTTP API: thin routes, and the envelope that all their answers come in."""

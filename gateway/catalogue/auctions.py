@@ -1,0 +1,104 @@
+"""Lists of auctions and of their bids, out of Postgres. All the SQL for them stands here.
+
+Postgres knows which auctions there are and what was journaled; how an auction stands, its shard says.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final, NamedTuple
+from uuid import UUID
+
+import asyncpg
+
+from engine.auction import Status
+from engine.events import BidPlaced, decode
+from gateway.catalogue import CatalogueUnavailable
+
+TIMEOUT_S: Final = 2.0
+"""How long a list may take, waiting for a connection included."""
+
+
+class PlacedBid(NamedTuple):
+    """One line of an auction's history, as everybody may see it. `price` in minor units, `at` in milliseconds."""
+
+    seq: int
+    at: int
+    paddle: int
+    price: int
+    leader: int
+
+
+# The queries
+
+# Newest first, by one of four indexes: `entities_newest`, `entities_status`, or `entities_owner` for both of its uses.
+# The conditions are put together from the constants below, so that each combination is planned by itself; an
+# "$1 IS NULL OR status = $1" could lose its index to a generic plan.
+_AUCTIONS: Final = """
+    SELECT entity_id FROM entities WHERE {conditions}
+    ORDER BY created_at DESC, entity_id LIMIT {limit} OFFSET {offset}
+"""
+_AUCTIONS_COUNT: Final = "SELECT count(*) FROM entities WHERE {conditions}"
+
+# By the journal's primary key, backwards from the state that the caller has seen.
+_BIDS: Final = """
+    SELECT seq, at, kind, version, body FROM journal
+    WHERE entity_id = $1 AND seq <= $2 AND kind = 'bid_placed'
+    ORDER BY seq DESC LIMIT $3 OFFSET $4
+"""
+
+
+async def list_auctions(
+    pool: asyncpg.Pool, *, status: Status | None, maker: UUID | None, page: int, limit: int
+) -> tuple[list[UUID], int]:
+    """The ids on a page (from 1), newest auctions first, and how many there are in all.
+
+    Raises `CatalogueUnavailable`.
+    """
+    conditions = ["kind = 'auction'"]
+    arguments: list[object] = []
+    if maker is not None:
+        arguments.append(maker)
+        conditions.append(f"owner_id = ${len(arguments)}")
+    if status is not None:
+        arguments.append(status)
+        conditions.append(f"status = ${len(arguments)}")
+    where = " AND ".join(conditions)
+    query = _AUCTIONS.format(conditions=where, limit=f"${len(arguments) + 1}", offset=f"${len(arguments) + 2}")
+    async with _reading(pool) as connection:
+        total = await connection.fetchval(_AUCTIONS_COUNT.format(conditions=where), *arguments)
+        rows = await connection.fetch(query, *arguments, limit, (page - 1) * limit)
+    return [row["entity_id"] for row in rows], total
+
+
+async def list_bids(pool: asyncpg.Pool, auction: UUID, *, up_to: int, page: int, limit: int) -> list[PlacedBid]:
+    """The bids on a page (from 1), newest first, of the auction as it was at seq `up_to`.
+
+    A leader that changes its own maximum is no bid here. Raises `CatalogueUnavailable`.
+    """
+    async with _reading(pool) as connection:
+        rows = await connection.fetch(_BIDS, auction, up_to, limit, (page - 1) * limit)
+    bids = []
+    for row in rows:
+        event = decode(row["kind"], row["version"], row["body"])
+        assert isinstance(event, BidPlaced), "the query asks for these alone"
+        bids.append(PlacedBid(row["seq"], row["at"], event.paddle, event.price, event.leader))
+    return bids
+
+
+@asynccontextmanager
+async def _reading(pool: asyncpg.Pool) -> AsyncIterator[asyncpg.pool.PoolConnectionProxy]:
+    """A connection, for as long as a list may take. What the driver raises is translated here, once."""
+    try:
+        async with asyncio.timeout(TIMEOUT_S), pool.acquire() as connection:
+            yield connection
+    except (OSError, asyncpg.InterfaceError) as error:  # TimeoutError is an OSError.
+        raise CatalogueUnavailable from error
+    except asyncpg.PostgresError as error:
+        if str(error.sqlstate)[:2] in _AWAY:
+            raise CatalogueUnavailable from error
+        raise
+
+
+_AWAY: Final = ("08", "53", "57")
+"""SQLSTATE classes of a server that is away, out of resources, or shutting down; the rest are faults of ours."""

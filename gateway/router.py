@@ -1,0 +1,53 @@
+"""Which shard: requests go to the link of the shard that serves their auction."""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from uuid import UUID
+
+from actors.directory import slot_of
+from actors.link import Link
+from actors.messages import Answer, Payload
+
+
+class Router:
+    """The links of one gateway, by shard. What is submitted in one turn of the loop leaves as one batch a link."""
+
+    def __init__(self, slots: Sequence[int]) -> None:
+        self._slots = slots
+        self._links: Mapping[int, Link] = {}
+
+    def connect(self, links: Mapping[int, Link]) -> None:
+        """Take over the links, one to each shard that serves a slot."""
+        self._links = links
+
+    def shard_of(self, entity_id: UUID) -> int:
+        """The shard that serves this entity."""
+        return self._slots[slot_of(entity_id)]
+
+    def submit(self, payload: Payload, on_answer: Callable[[Answer], None]) -> None:
+        """Send a request on its way; `on_answer` gets its answer once, perhaps at once. Never raises."""
+        self._links[self.shard_of(payload.auction)].submit(payload, on_answer)
+
+    async def ask(self, payload: Payload) -> Answer:
+        """Submit a request and wait for its answer."""
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+
+        def settle(value: Answer) -> None:
+            # Whoever asked may have gone meanwhile, and its future with it.
+            if not answer.done():
+                answer.set_result(value)
+
+        self.submit(payload, settle)
+        return await answer
+
+    async def opened(self) -> None:
+        """Wait until every shard can be reached."""
+        await asyncio.gather(*(link.opened() for link in self._links.values()))
+
+    def unreachable(self) -> list[int]:
+        """The shards that cannot be reached at this moment."""
+        return [shard for shard, link in self._links.items() if not link.is_open]
+
+    async def close(self) -> None:
+        """End the links."""
+        await asyncio.gather(*(link.close() for link in self._links.values()))

@@ -1,0 +1,343 @@
+"""One client's conversation, sans-I/O: what it sends goes in, what is to be done about it comes out.
+
+No socket, no clock, no asyncio: `socket.py` carries the intents out and brings the answers back. `now` is always
+milliseconds since the epoch, UTC.
+"""
+
+from collections.abc import Callable
+from typing import Final
+from uuid import UUID
+
+import msgspec
+
+from actors.messages import Answer, BidAccepted, Subscribed
+from engine.commands import PlaceBid
+from engine.limits import (
+    BUSY_RETRY_MS,
+    ERRORS_MAX,
+    ERRORS_WINDOW_MS,
+    HEARTBEAT_MS,
+    HEARTBEATS_MISSED_MAX,
+    HELLO_TIMEOUT_MS,
+    IN_FLIGHT_MAX,
+    SUBSCRIPTIONS_MAX,
+    TOKEN_GRACE_MS,
+)
+from engine.rejections import Rejection
+from gateway import wire
+from gateway.tokens import Identity, TokenInvalid
+
+# Why a socket is closed, as the protocol's close codes
+DRAINING: Final = 4000
+TOO_SLOW: Final = 4001
+NO_HEARTBEAT: Final = 4002
+NOT_PROTOCOL: Final = 4500
+NOT_WELCOME: Final = 4501
+TOO_MANY: Final = 4502
+
+Verify = Callable[[str, int], Identity]
+"""`Verifier.verify`: the identity behind a token at a time, or `TokenInvalid`."""
+
+
+class PendingBid(msgspec.Struct, frozen=True):
+    """A bid on its way, and what its answer must name."""
+
+    ref: wire.Ref
+    auction: UUID
+    bid_id: UUID
+
+
+class PendingSubscription(msgspec.Struct, eq=False):
+    """A subscription on its way. Once it is cancelled, its answer is for nobody."""
+
+    ref: wire.Ref
+    auction: UUID
+    is_cancelled: bool = False
+
+
+# What is to be done
+
+
+class Send(msgspec.Struct, frozen=True):
+    """Send a text message to the client."""
+
+    data: bytes
+
+
+class Ping(msgspec.Struct, frozen=True):
+    """Send a WebSocket ping."""
+
+
+class Close(msgspec.Struct, frozen=True):
+    """Close the socket. Nothing comes after this."""
+
+    code: int
+    reason: str
+
+
+class Submit(msgspec.Struct, frozen=True):
+    """Hand a bid to its shard, and the answer to `answered`."""
+
+    payload: PlaceBid
+    pending: PendingBid
+
+
+class Subscribe(msgspec.Struct, frozen=True):
+    """Subscribe the client to an auction's events, and hand the answer to `subscribed`."""
+
+    topic: UUID
+    viewer: UUID | None
+    since: int | None
+    pending: PendingSubscription
+
+
+class Unsubscribe(msgspec.Struct, frozen=True):
+    """Stop an auction's events. Has no answer."""
+
+    topic: UUID
+
+
+Intent = Send | Ping | Close | Submit | Subscribe | Unsubscribe
+
+
+class _Subscription(msgspec.Struct, eq=False):
+    """A topic that the client has asked for: whether it gets its events, and what was not answered yet."""
+
+    is_live: bool = False
+    pending: list[PendingSubscription] = msgspec.field(default_factory=list)
+
+
+class Session:
+    """One connection, from before its hello to its close."""
+
+    __slots__ = (
+        "_connection",
+        "_errors",
+        "_errors_since",
+        "_identity",
+        "_in_flight",
+        "_is_welcomed",
+        "_opened_at",
+        "_ping_at",
+        "_pings_unanswered",
+        "_subscribing",
+        "_subscriptions",
+        "_verify",
+        "is_closed",
+    )
+
+    def __init__(self, connection: UUID, verify: Verify, now: int) -> None:
+        self.is_closed = False
+        self._connection = connection
+        self._verify = verify
+        self._opened_at = now
+        self._is_welcomed = False
+        self._identity: Identity | None = None
+        self._in_flight = 0
+        self._subscriptions: dict[UUID, _Subscription] = {}
+        self._subscribing = 0
+        self._errors = 0
+        self._errors_since = now
+        self._ping_at = now + HEARTBEAT_MS
+        self._pings_unanswered = 0
+
+    # What comes from the client
+
+    def text_received(self, data: bytes, now: int) -> list[Intent]:
+        """Take a whole text message."""
+        if self.is_closed:
+            return []
+        self.activity()
+        try:
+            message = wire.decode(data)
+        except wire.Malformed as error:
+            return self._malformed(error, now)
+        except wire.NotProtocol as error:
+            return self._close(NOT_PROTOCOL, str(error))
+        if isinstance(message, wire.Hello):
+            return self._hello(message, now)
+        if not self._is_welcomed:
+            return self._hello_first(message.ref, now)
+        match message:
+            case wire.Bid():
+                return self._bid(message)
+            case wire.Subscribe():
+                return self._subscribe(message)
+            case wire.Unsubscribe():
+                return self._unsubscribe(message)
+            case wire.Time():
+                # Received and sent at the same moment: nothing is awaited in between.
+                return [Send(wire.time(message.ref, message.t0, now, now))]
+            case wire.Ping():
+                return [Send(wire.pong(message.ref))]
+
+    def binary_received(self) -> list[Intent]:
+        """Take a binary message: the protocol has none."""
+        return self._close(NOT_PROTOCOL, "A message is text, not binary.")
+
+    def activity(self) -> None:
+        """Note a sign of life: a message or a pong."""
+        self._pings_unanswered = 0
+
+    # What comes back from the shards
+
+    def answered(self, pending: PendingBid, answer: Answer) -> list[Intent]:
+        """Pass on the answer to a bid."""
+        if self.is_closed:
+            return []
+        assert self._in_flight > 0, "each bid is answered once"
+        self._in_flight -= 1
+        match answer:
+            case BidAccepted():
+                return [Send(wire.ack(pending.ref, pending.auction, pending.bid_id, answer))]
+            case Rejection():
+                return [_refusal(pending.ref, answer, pending.bid_id)]
+            case _:
+                # The shard did something, though not what was asked; a retry finds out.
+                return [_error(pending.ref, "outcome_unknown", "The answer to this bid was not understood.")]
+
+    def subscribed(self, pending: PendingSubscription, answer: Subscribed | Rejection) -> list[Intent]:
+        """Pass on the answer to a subscription."""
+        if self.is_closed or pending.is_cancelled:
+            return []
+        subscription = self._subscriptions[pending.auction]
+        subscription.pending.remove(pending)
+        self._subscribing -= 1
+        if isinstance(answer, Subscribed):
+            subscription.is_live = True
+            return [Send(wire.subscribed(pending.ref, pending.auction, answer))]
+        # Refused again, a topic keeps what it had.
+        if not subscription.is_live and not subscription.pending:
+            del self._subscriptions[pending.auction]
+        return [_refusal(pending.ref, answer, None)]
+
+    # What comes with time
+
+    def tick(self, now: int) -> list[Intent]:
+        """Do what is due; to be called about once a second."""
+        if self.is_closed:
+            return []
+        if not self._is_welcomed and now - self._opened_at >= HELLO_TIMEOUT_MS:
+            return self._close(NOT_WELCOME, "There was no hello in time.")
+        if self._identity is not None and now > self._identity.expires_at + TOKEN_GRACE_MS:
+            return self._close(NOT_WELCOME, "The token has expired.")
+        if now < self._ping_at:
+            return []
+        if self._pings_unanswered >= HEARTBEATS_MISSED_MAX:
+            return self._close(NO_HEARTBEAT, "There was no sign of life.")
+        self._pings_unanswered += 1
+        self._ping_at = now + HEARTBEAT_MS
+        return [Ping()]
+
+    def drained(self) -> list[Intent]:
+        """Say goodbye: this gateway is going away."""
+        return self._close(DRAINING, "This gateway is going away; reconnect elsewhere.")
+
+    def too_slow(self) -> list[Intent]:
+        """Give up on a client that does not read what it is sent."""
+        return self._close(TOO_SLOW, "Too much was left unread; reconnect.")
+
+    def too_many(self) -> list[Intent]:
+        """Turn a client away: the house is full."""
+        return self._close(TOO_MANY, "There are too many connections; try again in a minute.")
+
+    # The details
+
+    def _hello(self, message: wire.Hello, now: int) -> list[Intent]:
+        identity = None
+        if message.token is not None:
+            try:
+                identity = self._verify(message.token, now)
+            except TokenInvalid as error:
+                return self._close(NOT_WELCOME, str(error))
+        if self._is_welcomed and _user(identity) != _user(self._identity):
+            return self._close(NOT_WELCOME, "A connection stays with the user that it began with.")
+        self._identity = identity
+        self._is_welcomed = True
+        return [Send(wire.welcome(message.ref, self._connection, identity, now))]
+
+    def _bid(self, message: wire.Bid) -> list[Intent]:
+        if self._identity is None:
+            rejection = Rejection("not_authenticated", "Log in to bid.")
+            return [_refusal(message.ref, rejection, message.bid_id)]
+        if self._in_flight >= IN_FLIGHT_MAX:
+            text = f"At most {IN_FLIGHT_MAX} bids may wait for their answers."
+            return [_error(message.ref, "too_many", text, retry_after_ms=BUSY_RETRY_MS)]
+        self._in_flight += 1
+        bid = PlaceBid(
+            auction=message.auction,
+            bidder=self._identity.user,
+            bid_id=message.bid_id,
+            amount=message.amount,
+            max_amount=message.max_amount,
+        )
+        return [Submit(bid, PendingBid(message.ref, message.auction, message.bid_id))]
+
+    def _subscribe(self, message: wire.Subscribe) -> list[Intent]:
+        auction = wire.topic_auction(message.topic)
+        subscription = self._subscriptions.get(auction)
+        is_over = subscription is None and len(self._subscriptions) >= SUBSCRIPTIONS_MAX
+        # The same topic can be asked for again and again without waiting: that is bounded, too.
+        if is_over or self._subscribing >= SUBSCRIPTIONS_MAX:
+            text = f"A connection has at most {SUBSCRIPTIONS_MAX} subscriptions."
+            return [_error(message.ref, "too_many", text)]
+        if subscription is None:
+            subscription = self._subscriptions[auction] = _Subscription()
+        pending = PendingSubscription(message.ref, auction)
+        subscription.pending.append(pending)
+        self._subscribing += 1
+        return [Subscribe(auction, _user(self._identity), message.since, pending)]
+
+    def _unsubscribe(self, message: wire.Unsubscribe) -> list[Intent]:
+        auction = wire.topic_auction(message.topic)
+        intents: list[Intent] = []
+        subscription = self._subscriptions.pop(auction, None)
+        if subscription is not None:
+            intents.append(Unsubscribe(auction))
+            self._subscribing -= len(subscription.pending)
+            for pending in subscription.pending:
+                pending.is_cancelled = True
+                intents.append(_error(pending.ref, "bad_request", "Unsubscribed before this was answered."))
+        intents.append(Send(wire.unsubscribed(message.ref, auction)))
+        return intents
+
+    def _malformed(self, error: wire.Malformed, now: int) -> list[Intent]:
+        if not self._is_welcomed and error.op != "hello":
+            return self._hello_first(error.ref, now)
+        return self._mistake(Send(wire.error(error.ref, error.code, error.message, field=error.field)), now)
+
+    def _hello_first(self, ref: wire.Ref, now: int) -> list[Intent]:
+        return self._mistake(_error(ref, "hello_first", "Say hello first."), now)
+
+    def _mistake(self, answer: Send, now: int) -> list[Intent]:
+        """Answer what a client should not have sent; after too many of these it is closed."""
+        if now - self._errors_since >= ERRORS_WINDOW_MS:
+            self._errors = 0
+            self._errors_since = now
+        self._errors += 1
+        if self._errors >= ERRORS_MAX:
+            return self._close(NOT_PROTOCOL, "There were too many errors.")
+        return [answer]
+
+    def _close(self, code: int, reason: str) -> list[Intent]:
+        if self.is_closed:
+            return []
+        self.is_closed = True
+        return [Close(code, reason)]
+
+
+def _user(identity: Identity | None) -> UUID | None:
+    return None if identity is None else identity.user
+
+
+def _refusal(ref: wire.Ref, rejection: Rejection, bid_id: UUID | None) -> Send:
+    """A refusal by the rules is a verdict; one by the engine says that it came to none."""
+    match rejection.code:
+        case "busy" | "rate_limited" | "unavailable" | "internal" | "outcome_unknown" as code:
+            return _error(ref, code, rejection.message, retry_after_ms=rejection.retry_after_ms)
+        case _:
+            return Send(wire.rejected(ref, rejection, bid_id))
+
+
+def _error(ref: wire.Ref, code: wire.ErrorCode, message: str, *, retry_after_ms: int | None = None) -> Send:
+    return Send(wire.error(ref, code, message, retry_after_ms=retry_after_ms))

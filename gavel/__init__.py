@@ -1,0 +1,1 @@
+"""The front desk: the command line, settings and the wiring of the whole."""

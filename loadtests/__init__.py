@@ -1,0 +1,1 @@
+"""Load: the benchmark and the swarms that drive it."""
