@@ -35,7 +35,7 @@ from actors.messages import (
     Welcome,
     decode_gateway_frame,
     decode_shard_frame,
-    encode,
+    encode_into,
     proof,
 )
 from actors.shard import Shard
@@ -56,6 +56,8 @@ from engine.rejections import Rejection
 logger = logging.getLogger(__name__)
 
 _NONCE_BYTES: Final = 32
+_HEADER_BYTES: Final = 14
+"""The longest header of a frame (RFC 6455, section 5.2)."""
 _SENDS_MAX: Final = 2
 """A command that was in flight at so many deaths of a shard is not sent again: it may be what kills it."""
 _RETRY_S: Final = 0.05
@@ -65,6 +67,17 @@ _UNKNOWN = Rejection(
     "outcome_unknown", "This may or may not have been done: send it again with the same id.", is_transient=True
 )
 _POISONOUS = Rejection("internal", "Something went wrong on our side.", is_transient=True)
+
+
+def send(transport: picows.WSTransport, message: GatewayFrame | ShardFrame) -> None:
+    """Write a message as one frame.
+
+    picows writes a large frame's header from a buffer that its next frame overwrites, perhaps before the loop has
+    written it out; so each frame gets a buffer of its own, with room in front for the header.
+    """
+    buffer = bytearray(_HEADER_BYTES)
+    encode_into(message, buffer, _HEADER_BYTES)
+    transport.send_reuse_external_bytearray(picows.WSMsgType.BINARY, buffer, _HEADER_BYTES)
 
 
 class _Pulse:
@@ -144,7 +157,7 @@ class _ShardEnd(picows.WSListener):
         """See `Outlet`: out at once, as one frame; a gateway that does not read is cut off and comes back."""
         if self.is_gone:
             return
-        self._transport.send(picows.WSMsgType.BINARY, encode(Output(messages)))
+        send(self._transport, Output(messages))
         if self._transport.underlying_transport.get_write_buffer_size() > LINK_WRITE_BYTES_MAX:
             logger.warning("a gateway does not read its link: it is cut off")
             self.close()
@@ -157,7 +170,7 @@ class _ShardEnd(picows.WSListener):
         self._pulse = _Pulse(transport)
         self._server.ends.add(self)
         greeting = Greeting(VERSION, self._server.number, self._server.epoch, self._nonce)
-        transport.send(picows.WSMsgType.BINARY, encode(greeting))
+        send(transport, greeting)
 
     def on_ws_frame(self, transport: picows.WSTransport, frame: picows.WSFrame) -> None:
         self._pulse.heard()
@@ -196,7 +209,7 @@ class _ShardEnd(picows.WSListener):
                 return
             self._is_open = True
             welcome = Welcome(proof(server.secret, "shard", message.nonce, server.number, server.epoch))
-            self._transport.send(picows.WSMsgType.BINARY, encode(welcome))
+            send(self._transport, welcome)
         else:
             logger.warning("a link was refused: %s out of turn", type(message).__name__)
             self.close()
@@ -304,7 +317,7 @@ class Link:
                 await asyncio.sleep(_RETRY_S)
                 continue
             self._open(end)
-            await end.closed
+            await end.closed.wait()
             self._end = None
             self._opened.clear()
             logger.info("the link to shard %d broke", self.shard)
@@ -324,11 +337,11 @@ class Link:
                 logger_name="link",
             )
             async with asyncio.timeout(LINK_GREETING_MS / SECOND_MS):
-                await asyncio.shield(end.opened)
+                await end.settled.wait()
         except (OSError, picows.WSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
             logger.debug("shard %d cannot be reached: %s", self.shard, error)
             return None
-        return end
+        return end if end.is_open else None
 
     def _open(self, end: "_GatewayEnd") -> None:
         """A link is open: send again, in order, what was not answered."""
@@ -390,14 +403,15 @@ class _GatewayEnd(picows.WSListener):
         self._secret = secret
         self._on_messages = on_messages
         self._nonce = os.urandom(_NONCE_BYTES)
-        loop = asyncio.get_running_loop()
-        self.opened: asyncio.Future[None] = loop.create_future()
-        self.closed: asyncio.Future[None] = loop.create_future()
+        self.is_open = False
+        self.settled = asyncio.Event()
+        """Set when the link is open, or will never be."""
+        self.closed = asyncio.Event()
         self._transport: picows.WSTransport
         self._pulse: _Pulse
 
     def send(self, message: GatewayFrame) -> None:
-        self._transport.send(picows.WSMsgType.BINARY, encode(message))
+        send(self._transport, message)
 
     def disconnect(self) -> None:
         self._transport.disconnect(graceful=False)
@@ -421,9 +435,9 @@ class _GatewayEnd(picows.WSListener):
 
     def on_ws_disconnected(self, transport: picows.WSTransport) -> None:
         self._pulse.stop()
-        if not self.opened.done():
-            self.opened.set_exception(ConnectionResetError("the link broke before it was open"))
-        self.closed.set_result(None)
+        self.is_open = False
+        self.settled.set()
+        self.closed.set()
 
     def pause_writing(self) -> None:
         """What may be in flight is bounded, and with it what may be unsent."""
@@ -432,14 +446,15 @@ class _GatewayEnd(picows.WSListener):
         """See `pause_writing`."""
 
     def _handle(self, message: ShardFrame) -> None:
-        if isinstance(message, Output) and self.opened.done():
+        if isinstance(message, Output) and self.is_open:
             self._on_messages(message.messages)
         elif isinstance(message, Greeting):
             self._prove(message)
-        elif isinstance(message, Welcome) and not self.opened.done():
+        elif isinstance(message, Welcome) and not self.is_open:
             expected = proof(self._secret, "shard", self._nonce, self._shard, self.epoch)
             if hmac.compare_digest(message.mac, expected):
-                self.opened.set_result(None)
+                self.is_open = True
+                self.settled.set()
                 return
             logger.warning("shard %d does not hold the cluster's secret", self._shard)
             self.disconnect()

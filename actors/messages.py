@@ -160,7 +160,7 @@ class Output(msgspec.Struct, frozen=True, tag="output", array_like=True):
 ShardFrame = Greeting | Welcome | Output
 
 _ENCODER = msgspec.msgpack.Encoder(uuid_format="bytes")
-encode: Final = _ENCODER.encode
+encode_into: Final = _ENCODER.encode_into
 decode_gateway_frame: Final = msgspec.msgpack.Decoder(GatewayFrame).decode
 decode_shard_frame: Final = msgspec.msgpack.Decoder(ShardFrame).decode
 

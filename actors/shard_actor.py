@@ -59,8 +59,15 @@ def _die_if_failed(starting: asyncio.Task[RunningShard]) -> None:
 
 def create(place: Place, number: int) -> Any:  # noqa: ANN401 (Ray's handles have no type)
     """Have Ray start a shard, and start it again whenever its process ends."""
-    # A call that Ray reports as failed may have run: it is never repeated by Ray, only by a client with its id.
-    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=1_000)(ShardActor)
+    actor: Any = ray.remote(ShardActor)
     return actor.options(
-        name=actor_name(number), namespace=NAMESPACE, lifetime="detached", resources={RESOURCE: 1}
+        name=actor_name(number),
+        namespace=NAMESPACE,
+        lifetime="detached",
+        num_cpus=0,
+        resources={RESOURCE: 1},
+        max_concurrency=1_000,
+        max_restarts=-1,
+        # A call that Ray reports as failed may have run: it is never repeated by Ray, only by a client with its id.
+        max_task_retries=0,
     ).remote(place, number)

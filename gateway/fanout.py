@@ -45,8 +45,8 @@ class _Topic:
     __slots__ = ("asked", "frames", "is_casting", "last_seq", "sinks", "waiting")
 
     def __init__(self) -> None:
-        self.waiting: dict[Sink, object] = {}
-        """Sockets whose subscription is not answered yet, each with a token of its newest one."""
+        self.waiting: dict[Sink, list[object]] = {}
+        """Sockets with subscriptions that are not answered yet, each by a token of its own."""
         self.sinks: dict[Sink, int] = {}
         """Each socket that watches, with the last `seq` that it has been sent."""
         self.last_seq: int | None = None
@@ -75,13 +75,17 @@ class Fanout:
     ) -> None:
         """Let a socket watch. `on_subscribed` is called before the first event is sent to it."""
         topic = self._topics.setdefault(topic_id, _Topic())
-        token = topic.waiting[sink] = object()
+        token = object()
+        topic.waiting.setdefault(sink, []).append(token)
 
         def answered(answer: Answer) -> None:
             assert isinstance(answer, Subscribed | Rejection)
-            is_wanted = topic.waiting.get(sink) is token
+            tokens = topic.waiting.get(sink, [])
+            is_wanted = token in tokens
             if is_wanted:
-                del topic.waiting[sink]
+                tokens.remove(token)
+                if not tokens:
+                    del topic.waiting[sink]
             if isinstance(answer, Subscribed) and topic.last_seq is None:
                 topic.last_seq = answer.seq
             on_subscribed(answer)

@@ -167,9 +167,9 @@ class Session:
                 return self._unsubscribe(message)
             case wire.Time():
                 # Received and sent at the same moment: nothing is awaited in between.
-                return [Send(wire.time(message.ref, message.t0, now, now))]
+                return [Send(wire.encode_time(message.ref, message.t0, now, now))]
             case wire.Ping():
-                return [Send(wire.pong(message.ref))]
+                return [Send(wire.encode_pong(message.ref))]
 
     def binary_received(self) -> list[Intent]:
         """Take a binary message: the protocol has none."""
@@ -189,7 +189,7 @@ class Session:
         self._in_flight -= 1
         match answer:
             case BidAccepted():
-                return [Send(wire.ack(pending.ref, pending.auction, pending.bid_id, answer))]
+                return [Send(wire.encode_ack(pending.ref, pending.auction, pending.bid_id, answer))]
             case Rejection():
                 return [_refusal(pending.ref, answer, pending.bid_id)]
             case _:
@@ -205,7 +205,7 @@ class Session:
         self._subscribing -= 1
         if isinstance(answer, Subscribed):
             subscription.is_live = True
-            return [Send(wire.subscribed(pending.ref, pending.auction, answer))]
+            return [Send(wire.encode_subscribed(pending.ref, pending.auction, answer))]
         # Refused again, a topic keeps what it had.
         if not subscription.is_live and not subscription.pending:
             del self._subscriptions[pending.auction]
@@ -254,7 +254,7 @@ class Session:
             return self._close(NOT_WELCOME, "A connection stays with the user that it began with.")
         self._identity = identity
         self._is_welcomed = True
-        return [Send(wire.welcome(message.ref, self._connection, identity, now))]
+        return [Send(wire.encode_welcome(message.ref, self._connection, identity, now))]
 
     def _bid(self, message: wire.Bid) -> list[Intent]:
         if self._identity is None:
@@ -298,13 +298,13 @@ class Session:
             for pending in subscription.pending:
                 pending.is_cancelled = True
                 intents.append(_error(pending.ref, "bad_request", "Unsubscribed before this was answered."))
-        intents.append(Send(wire.unsubscribed(message.ref, auction)))
+        intents.append(Send(wire.encode_unsubscribed(message.ref, auction)))
         return intents
 
     def _malformed(self, error: wire.Malformed, now: int) -> list[Intent]:
         if not self._is_welcomed and error.op != "hello":
             return self._hello_first(error.ref, now)
-        return self._mistake(Send(wire.error(error.ref, error.code, error.message, field=error.field)), now)
+        return self._mistake(Send(wire.encode_error(error.ref, error.code, error.message, field=error.field)), now)
 
     def _hello_first(self, ref: wire.Ref, now: int) -> list[Intent]:
         return self._mistake(_error(ref, "hello_first", "Say hello first."), now)
@@ -336,8 +336,8 @@ def _refusal(ref: wire.Ref, rejection: Rejection, bid_id: UUID | None) -> Send:
         case "busy" | "rate_limited" | "unavailable" | "internal" | "outcome_unknown" as code:
             return _error(ref, code, rejection.message, retry_after_ms=rejection.retry_after_ms)
         case _:
-            return Send(wire.rejected(ref, rejection, bid_id))
+            return Send(wire.encode_rejected(ref, rejection, bid_id))
 
 
 def _error(ref: wire.Ref, code: wire.ErrorCode, message: str, *, retry_after_ms: int | None = None) -> Send:
-    return Send(wire.error(ref, code, message, retry_after_ms=retry_after_ms))
+    return Send(wire.encode_error(ref, code, message, retry_after_ms=retry_after_ms))

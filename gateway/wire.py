@@ -4,7 +4,7 @@ The way of a bid is one decode and one encode. Only a message that this refuses 
 field, to say what is wrong with it.
 """
 
-import re
+from collections.abc import Callable
 from typing import Annotated, Any, Final, Literal, NoReturn
 from uuid import UUID
 
@@ -150,10 +150,10 @@ def topic_name(auction: UUID) -> str:
 
 # Saying what is wrong
 
-_decode = msgspec.json.Decoder(Message).decode
-_decode_fields = msgspec.json.Decoder(dict[str, Raw]).decode
-_decode_text = msgspec.json.Decoder(str).decode
-_decode_ref = msgspec.json.Decoder(Ref).decode
+_decode: Final[Callable[[bytes], Message]] = msgspec.json.Decoder(Message).decode
+_decode_fields: Final = msgspec.json.Decoder(dict[str, Raw]).decode
+_decode_text: Final = msgspec.json.Decoder(str).decode
+_decode_ref: Final[Callable[[Raw], Ref]] = msgspec.json.Decoder(Ref).decode
 
 _FIELDS: Final[dict[str, list[tuple[msgspec.structs.FieldInfo, msgspec.json.Decoder[Any]]]]] = {
     str(type_.__struct_config__.tag): [
@@ -321,7 +321,7 @@ class _Pong(_Frame, frozen=True, kw_only=True, tag="pong"):
     ref: Ref
 
 
-_encode = msgspec.json.Encoder().encode
+_encode: Final = msgspec.json.Encoder().encode
 
 _LIMITS: Final = _Limits(
     frame_bytes_max=FRAME_BYTES_MAX,
@@ -331,7 +331,7 @@ _LIMITS: Final = _Limits(
 )
 
 
-def welcome(ref: Ref, connection: UUID, identity: Identity | None, server_time: int) -> bytes:
+def encode_welcome(ref: Ref, connection: UUID, identity: Identity | None, server_time: int) -> bytes:
     """The answer to a hello; a guest (no identity) has neither user nor role."""
     return _encode(
         _Welcome(
@@ -347,12 +347,12 @@ def welcome(ref: Ref, connection: UUID, identity: Identity | None, server_time: 
     )
 
 
-def time(ref: Ref, t0: int, received_at: int, sent_at: int) -> bytes:
+def encode_time(ref: Ref, t0: int, received_at: int, sent_at: int) -> bytes:
     """The server's clock, as milliseconds since the epoch, beside the client's."""
     return _encode(_Time(ref=ref, t0=t0, t1=received_at, t2=sent_at))
 
 
-def subscribed(ref: Ref, auction: UUID, answer: Subscribed) -> bytes:
+def encode_subscribed(ref: Ref, auction: UUID, answer: Subscribed) -> bytes:
     """From here on the topic's events follow: with what was missed, or with the state as it is."""
     events = None if answer.events is None else _list(answer.events)
     return _encode(
@@ -368,22 +368,22 @@ def subscribed(ref: Ref, auction: UUID, answer: Subscribed) -> bytes:
     )
 
 
-def unsubscribed(ref: Ref, auction: UUID) -> bytes:
+def encode_unsubscribed(ref: Ref, auction: UUID) -> bytes:
     """From here on no events of the topic follow."""
     return _encode(_Unsubscribed(ref=ref, topic=topic_name(auction)))
 
 
-def events(auction: UUID, encoded: bytes) -> bytes:
+def encode_events(auction: UUID, encoded: bytes) -> bytes:
     """Events of a topic; `encoded` are JSON objects joined by commas, and go out as they are."""
     return _encode(_Events(topic=topic_name(auction), events=_list(encoded)))
 
 
-def state(auction: UUID, seq: int, snapshot: Snapshot, encoded: bytes) -> bytes:
+def encode_state(auction: UUID, seq: int, snapshot: Snapshot, encoded: bytes) -> bytes:
     """A topic as it is at `seq`, with those covered events that nobody may miss, encoded as in `events`."""
     return _encode(_State(topic=topic_name(auction), seq=seq, snapshot=snapshot, events=_list(encoded)))
 
 
-def ack(ref: Ref, auction: UUID, bid_id: UUID, accepted: BidAccepted) -> bytes:
+def encode_ack(ref: Ref, auction: UUID, bid_id: UUID, accepted: BidAccepted) -> bytes:
     """The bid is journaled."""
     return _encode(
         _Ack(
@@ -402,7 +402,7 @@ def ack(ref: Ref, auction: UUID, bid_id: UUID, accepted: BidAccepted) -> bytes:
     )
 
 
-def rejected(ref: Ref, rejection: Rejection, bid_id: UUID | None = None) -> bytes:
+def encode_rejected(ref: Ref, rejection: Rejection, bid_id: UUID | None = None) -> bytes:
     """What was asked was not done, and never will be by this request."""
     return _encode(
         _Rejected(
@@ -417,20 +417,17 @@ def rejected(ref: Ref, rejection: Rejection, bid_id: UUID | None = None) -> byte
     )
 
 
-def error(
+def encode_error(
     ref: Ref, code: ErrorCode, message: str, *, field: str | None = None, retry_after_ms: int | None = None
 ) -> bytes:
     """What was asked was not taken (or, with `outcome_unknown`, may have been)."""
     return _encode(_Error(ref=ref, code=code, message=message, field=field, retry_after_ms=retry_after_ms))
 
 
-def pong(ref: Ref) -> bytes:
+def encode_pong(ref: Ref) -> bytes:
     """The answer to a ping."""
     return _encode(_Pong(ref=ref))
 
 
 def _list(encoded: bytes) -> Raw:
     return Raw(b"[" + encoded + b"]")
-
-
-assert re.match(_TOPIC_PATTERN, topic_name(UUID(int=0)))

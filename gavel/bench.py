@@ -124,7 +124,7 @@ def _read_lines(stream: IO[str], lines: "queue.Queue[str | None]") -> None:
 
 def results_of(measured: tuple[Measured, Measured], sockets: int, rate: int) -> list[dict[str, Any]]:
     """A row for each load."""
-    names = (f"closed loop, {sockets} sockets", f"open loop, {rate} bids/s")
+    names = (f"closed, {sockets} sockets", f"open, {rate} bids/s")
     return [
         {
             "load": name,
@@ -145,6 +145,7 @@ def print_results(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table("load", *(f"{name}" for name in ("acks/s", "refused", *(f"{key} ms" for key in PERCENTILES))))
+    table.columns[0].no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:

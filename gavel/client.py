@@ -33,6 +33,9 @@ TOO_MANY_WAIT_S: Final = 60.0
 MESSAGE_BYTES_MAX: Final = 16 * 1024 * 1024
 """What we take from the server: a resumed subscription may bring a thousand events at once."""
 
+OVER: Final = ("ended", "cancelled")
+"""The status of an auction in which nothing happens any more, and the event that brings it."""
+
 DRAINING, TOO_MANY = 4000, 4502
 FINAL_CLOSES: Final = {
     1009: "a message was too large for it",
@@ -300,7 +303,7 @@ class Api:
     """The HTTP API, with patience for a server that is away or refuses for the moment. `async with` it."""
 
     def __init__(self, url: str, *, patience_s: float = PATIENCE_S, backoff_max_s: float = BACKOFF_MAX_S) -> None:
-        self.url = url.rstrip("/")
+        self.url = _base_url(url)
         self._patience_s = patience_s
         self._backoff_max_s = backoff_max_s
         self._http = httpx.AsyncClient(timeout=OPEN_TIMEOUT_S)
@@ -366,12 +369,29 @@ class ApiRefusal(CommandError):
         self.code = code
 
 
-def _live_url(url: str) -> str:
+def follow(snapshot: Message, message: Message) -> Message:
+    """An auction's public snapshot after a message of its topic (`subscribed`, `events` or `state`)."""
+    if "snapshot" in message:
+        return dict(message["snapshot"])
+    snapshot = dict(snapshot)
+    for event in message.get("events", ()):
+        # `ended` without a sale has no price, which does not undo the one that was reached.
+        snapshot.update({name: value for name, value in event.items() if name in snapshot and value is not None})
+        if event["kind"] in OVER:
+            snapshot["status"] = event["kind"]
+    return snapshot
+
+
+def _base_url(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise CommandError(f"{url!r} is not an address of Gavel; write it like http://127.0.0.1:8700.")
-    scheme = "wss" if parts.scheme == "https" else "ws"
-    return f"{scheme}://{parts.netloc}{parts.path.rstrip('/')}/v1/live"
+    return url.rstrip("/")
+
+
+def _live_url(url: str) -> str:
+    # http becomes ws, and https wss.
+    return f"ws{_base_url(url).removeprefix('http')}/v1/live"
 
 
 def _now_ms() -> float:

@@ -14,9 +14,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 from uuid import UUID, uuid4
 
+from engine.commands import Role
 from engine.money import format_amount, to_decimal
 from gateway.tokens import issue
-from gavel.client import Api, LiveClient, Message
+from gavel.client import OVER, Api, LiveClient, Message, follow
 from gavel.errors import CommandError
 
 CURRENCY: Final = "USD"
@@ -82,7 +83,6 @@ class Room:
     worth: int
     snapshot: Message = field(default_factory=dict)
     over: asyncio.Event = field(default_factory=asyncio.Event)
-    ending: str = "cancelled"
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class _Demo:
                     task.cancel()
             await spectator.unsubscribe(f"auction:{room.auction}")
             del self._rooms[f"auction:{room.auction}"]
-            self._say(f"{room.ending}: {room.title} ({room.auction})")
+            self._say(f"{_ending(room.snapshot)}: {room.title} ({room.auction})")
             await asyncio.sleep(PAUSE_S)
 
     async def _open(self, number: int, api: Api, maker: str) -> Room:
@@ -182,25 +182,18 @@ class _Demo:
         room = self._rooms.get(message.get("topic", ""))
         if room is None:
             return
-        if "snapshot" in message:
-            room.snapshot = message["snapshot"]
-        for event in message.get("events", ()):
-            if "snapshot" not in message:
-                room.snapshot.update({name: value for name, value in event.items() if name in room.snapshot})
-            if event["kind"] == "ended":
-                room.ending = (
-                    f"sold to paddle {event['paddle']} for {format_amount(event['price'], CURRENCY)}"
-                    if event["outcome"] == "sold"
-                    else "ended without a sale"
-                )
-            if event["kind"] in ("ended", "cancelled"):
-                room.over.set()
-        # One that ended before we saw it, or while we were away too long for its events.
-        if room.snapshot["status"] in ("ended", "cancelled"):
+        room.snapshot = follow(room.snapshot, message)
+        if room.snapshot.get("status") in OVER:
             room.over.set()
 
-    def _token(self, role: str) -> str:
+    def _token(self, role: Role) -> str:
         return issue(self._private_pem, uuid4(), role, TOKEN_TTL_S, time.time_ns() // 1_000_000)
+
+
+def _ending(snapshot: Message) -> str:
+    if snapshot["outcome"] == "sold":
+        return f"sold to paddle {snapshot['leader']} for {format_amount(snapshot['price'], CURRENCY)}"
+    return "ended without a sale" if snapshot["status"] == "ended" else "cancelled"
 
 
 async def _bid_along(room: Room, bidder: Bidder) -> None:

@@ -63,7 +63,7 @@ def ensure_secret(data_dir: Path, given: SecretStr | None = None) -> bytes:
     """The cluster's secret: the given one, or the data folder's, made if there is none yet. Raises `CommandError`."""
     if given is not None:
         return given.get_secret_value().encode()
-    path = _folder(data_dir) / SECRET_FILE
+    path = secret_path(data_dir)
     try:
         if not path.exists():
             create(path, secrets.token_hex(SECRET_BYTES).encode())
@@ -73,6 +73,11 @@ def ensure_secret(data_dir: Path, given: SecretStr | None = None) -> bytes:
     if len(secret) < SECRET_BYTES:
         raise CommandError(f"{path} is too short for a secret; remove it to have a new one made.")
     return secret
+
+
+def secret_path(data_dir: Path) -> Path:
+    """The file of the cluster's secret, where none is given."""
+    return _folder(data_dir) / SECRET_FILE
 
 
 def create(path: Path, content: bytes) -> None:

@@ -22,6 +22,7 @@ from uuid import UUID, uuid5
 
 import click
 
+from engine.commands import Role
 from engine.money import format_amount, to_decimal, to_minor
 from gateway.tokens import issue
 from gavel.client import PATIENCE_S, Api, ApiRefusal, LiveClient, Message
@@ -291,7 +292,7 @@ class Replay:
             self._acks.write(json.dumps(line) + "\n")
             self._acks.flush()
 
-    def _token(self, user: UUID, role: str) -> str:
+    def _token(self, user: UUID, role: Role) -> str:
         return issue(self._private_pem, user, role, TOKEN_TTL_S, time.time_ns() // 1_000_000)
 
 

@@ -3,10 +3,13 @@
 import re
 import time
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
 import click
+
+if TYPE_CHECKING:
+    from engine.commands import Role
 
 TTL_S_MAX: Final = 366 * 24 * 60 * 60
 _UNITS: Final = {"": 1, "s": 1, "m": 60, "h": 60 * 60, "d": 24 * 60 * 60}
@@ -41,7 +44,7 @@ Examples:
 )
 @click.option("--ttl", type=Duration(), default="1h", show_default=True, help="How long it is good for.")
 @click.option("--data-dir", type=click.Path(path_type=Path), help="The engine's data folder.")
-def command(user_id: UUID, role: str, ttl: int, data_dir: Path | None) -> None:
+def command(user_id: UUID, role: "Role", ttl: int, data_dir: Path | None) -> None:
     """Print an access token for USER_ID (a UUID)."""
     from gateway.tokens import issue
     from gavel.keys import read_keys

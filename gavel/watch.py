@@ -10,14 +10,13 @@ from uuid import UUID
 import click
 
 from engine.money import CURRENCIES, format_amount
-from gavel.client import Api, LiveClient, Message
+from gavel.client import OVER, Api, LiveClient, Message, follow
 
 if TYPE_CHECKING:
     from rich.panel import Panel
 
 LINES: Final = 10
 FRAME_S: Final = 0.2
-OVER: Final = ("ended", "cancelled")
 
 
 @click.command(
@@ -49,21 +48,13 @@ class Watched:
 
     def apply(self, message: Message) -> None:
         """Take in a message of the auction's topic."""
+        self.snapshot = follow(self.snapshot, message)
         if "snapshot" in message:
-            self.snapshot = message["snapshot"]
             self._say(f"seq {message['seq']}: {self._standing()}")
         for event in message.get("events", ()):
-            if "snapshot" not in message:
-                self._evolve(event)
             line = self._line(event)
             if line is not None:
                 self._say(f"seq {event['seq']}: {line}")
-
-    def _evolve(self, event: Message) -> None:
-        fields = {name: value for name, value in event.items() if name in self.snapshot and value is not None}
-        self.snapshot.update(fields)
-        if event["kind"] in OVER:
-            self.snapshot["status"] = event["kind"]
 
     def _line(self, event: Message) -> str | None:
         match event["kind"]:

@@ -1,9 +1,9 @@
 """The load generator `bids`: one hot auction, many sockets, as cheap for the machine as Python allows.
 
 Two loads. Closed loop: each socket bids again as soon as its last bid is answered, which finds how many a second the
-engine takes. Open loop: bids leave at a fixed rate whatever the answers do, which finds how long one takes when there is
-no queue. Only acknowledgements count. Client and server share the machine, so a bid costs one `bytes %` and one write,
-and its answer is recognised by its first bytes.
+engine takes. Open loop: bids leave at a fixed rate whatever the answers do, which finds how long one takes when there
+is no queue. Only acknowledgements count. Client and server share the machine, so a bid costs one `bytes %` and one
+write, and its answer is recognised by its first bytes.
 """
 
 import asyncio
@@ -19,6 +19,7 @@ from uuid import uuid4
 import httpx
 from picows import WSFrame, WSListener, WSMsgType, WSTransport, ws_connect
 
+from engine.commands import Role
 from gateway.tokens import issue
 
 SOCKETS: Final = 500
@@ -67,7 +68,7 @@ async def measure(
         await swarm.connect(url, private_pem, sockets)
         return await swarm.closed_loop(seconds), await swarm.open_loop(seconds, rate)
     except (OSError, TimeoutError) as error:
-        raise LoadFailed(f"the engine does not answer ({error or type(error).__name__})") from error
+        raise LoadFailed(f"the engine does not answer ({str(error) or type(error).__name__})") from error
     finally:
         swarm.disconnect()
 
@@ -181,6 +182,7 @@ class Bidder(WSListener):
         self._swarm = swarm
         self._token = token
         self._sent_ns = 0
+        self._close_code: int | None = None
         # In the open loop a slow answer may still be out when the socket's turn comes again.
         self._sent_by_ref: dict[int, int] = {}
 
@@ -188,8 +190,8 @@ class Bidder(WSListener):
         self.transport = transport
         transport.send(WSMsgType.TEXT, json.dumps({"op": "hello", "ref": 0, "token": self._token}).encode())
 
-    def on_ws_disconnected(self, transport: WSTransport) -> None:
-        reason = f"close code {transport.close_handshake.recv.code}" if _has_code(transport) else "without a close code"
+    def on_ws_disconnected(self, transport: WSTransport) -> None:  # noqa: ARG002 - picows's signature
+        reason = "without a close code" if self._close_code is None else f"close code {self._close_code}"
         self._swarm.lost = self._swarm.lost or reason
         self._swarm.idle.set()
         if not self.welcome.done():
@@ -211,6 +213,7 @@ class Bidder(WSListener):
     def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
         if frame.msg_type != WSMsgType.TEXT:
             if frame.msg_type == WSMsgType.CLOSE:
+                self._close_code = int(frame.get_close_code())
                 transport.disconnect()
             return
         now_ns = time.perf_counter_ns()
@@ -257,9 +260,5 @@ class Bidder(WSListener):
             self.bid()
 
 
-def _has_code(transport: WSTransport) -> bool:
-    return transport.close_handshake is not None and transport.close_handshake.recv is not None
-
-
-def _token(private_pem: bytes, role: str) -> str:
+def _token(private_pem: bytes, role: Role) -> str:
     return issue(private_pem, uuid4(), role, TOKEN_TTL_S, time.time_ns() // 1_000_000)

@@ -39,7 +39,7 @@ class Identity(Protocol):
 
 
 class Verifier(Protocol):
-    """Reads access tokens. Raises `TokenInvalid` for one that does not verify or is over at `now_ms`."""
+    """Reads access tokens. Raises `TokenInvalid`, with a sentence, for one that is not good at `now_ms`."""
 
     def verify(self, token: str, now_ms: int) -> Identity: ...
 
@@ -79,8 +79,8 @@ def optional_caller(request: Request, edge: CurrentEdge, credentials: _Credentia
         return None
     try:
         return edge.verifier.verify(credentials.credentials, edge.clock())
-    except TokenInvalid:
-        raise Refused(Rejection("not_authenticated", "The access token is not valid, or it is over.")) from None
+    except TokenInvalid as reason:
+        raise Refused(Rejection("not_authenticated", str(reason))) from None
 
 
 OptionalCaller = Annotated[Identity | None, Depends(optional_caller)]

@@ -1,0 +1,207 @@
+"""The Ray actor around a gateway, and its wiring: one process that serves HTTP and WebSocket on one port.
+
+Several may share the port (`SO_REUSEPORT`); the kernel spreads connections over them.
+"""
+
+import asyncio
+import logging
+import os
+import resource
+import socket
+from typing import Any, Final, NoReturn
+
+import asyncpg
+import msgspec
+import ray
+import uvicorn
+
+from actors.bootstrap import Place, connect, keep_synchronised, set_up_logging
+from actors.clock import Clock
+from actors.directory import Directory, Owner
+from actors.link import Link
+from actors.shard_actor import NAMESPACE, die
+from gateway.api.edge import HEALTHY, Edge
+from gateway.app import create_app
+from gateway.fanout import Fanout
+from gateway.router import Router
+from gateway.socket import Sockets, make_protocol
+from gateway.tokens import Verifier
+
+logger = logging.getLogger(__name__)
+
+RESOURCE: Final = "gavel_gateway"
+_BACKLOG: Final = 4_096
+_STOP_S: Final = 5
+_HEALTH_S: Final = 2
+
+
+class Door(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a gateway listens, and whose tokens it takes."""
+
+    host: str
+    port: int
+    public_key: bytes
+
+
+def actor_name(number: int) -> str:
+    """Under which name Ray knows a gateway."""
+    return f"gateway-{number}"
+
+
+class RunningGateway:
+    """A gateway with all that it needs, serving."""
+
+    def __init__(self, place: Place, name: str, pool: asyncpg.Pool, clock: Clock) -> None:
+        self._place = place
+        self._name = name
+        self._pool = pool
+        self._clock = clock
+        self._directory = Directory(pool)
+        self._sockets = Sockets()
+        self._router: Router
+        self._server: uvicorn.Server
+        self._tasks: list[asyncio.Task[None] | asyncio.Task[NoReturn]] = []
+
+    async def serve(self, door: Door) -> None:
+        """Open the links and the port; return when bids can be placed."""
+        self._router = Router(await self._directory.slots())
+        fanout = Fanout(self._router)
+        self._router.connect(
+            {owner.shard: self._link(owner.shard, fanout) for owner in await self._directory.owners()}
+        )
+        verifier = Verifier(door.public_key)
+        edge = Edge(
+            router=self._router, verifier=verifier, pool=self._pool, clock=self._clock, health=self._health
+        )
+        config = uvicorn.Config(
+            create_app(edge),
+            ws=make_protocol(self._router, fanout, verifier.verify, self._clock, self._sockets),
+            http="httptools",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            backlog=_BACKLOG,
+            timeout_graceful_shutdown=_STOP_S,
+        )
+        self._server = uvicorn.Server(config)
+        await self._router.opened()
+        loop = asyncio.get_running_loop()
+        self._tasks = [
+            loop.create_task(self._server.serve(sockets=[_listening_socket(door.host, door.port)])),
+            loop.create_task(self._tick()),
+            loop.create_task(keep_synchronised(self._clock, self._pool)),
+        ]
+        while not self._server.started:
+            await asyncio.sleep(0.01)
+        logger.info("%s serves %s:%d", self._name, door.host, door.port)
+
+    async def stop(self) -> None:
+        """Send everybody elsewhere, answer what is on its way, and end."""
+        self._sockets.drain()
+        self._server.should_exit = True
+        serving, *others = self._tasks
+        await serving
+        for task in others:
+            task.cancel()
+        await self._router.close()
+        await self._pool.close()
+
+    def _link(self, shard: int, fanout: Fanout) -> Link:
+        return Link(
+            gateway=self._name,
+            shard=shard,
+            secret=self._place.secret(),
+            find_owner=self._find_owner,
+            on_published=fanout.published,
+            on_open=fanout.resubscribe,
+        )
+
+    async def _find_owner(self, shard: int) -> Owner | None:
+        return next((owner for owner in await self._directory.owners() if owner.shard == shard), None)
+
+    async def _tick(self) -> NoReturn:
+        while True:
+            await asyncio.sleep(1)
+            self._sockets.tick(self._clock())
+
+    async def _health(self) -> dict[str, str]:
+        unreachable = self._router.unreachable()
+        return {
+            "shards": HEALTHY if not unreachable else f"out of reach: {', '.join(map(str, unreachable))}",
+            "database": await self._database_health(),
+        }
+
+    async def _database_health(self) -> str:
+        try:
+            await self._pool.fetchval("SELECT 1", timeout=_HEALTH_S)
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            return "out of reach"
+        return HEALTHY
+
+
+async def start_gateway(place: Place, door: Door, name: str) -> RunningGateway:
+    """Wire a gateway and serve. Waits for Postgres and for every shard."""
+    _raise_file_limit()
+    pool = await connect(place.database_url)
+    clock = Clock()
+    await clock.synchronise(pool)
+    running = RunningGateway(place, name, pool, clock)
+    await running.serve(door)
+    return running
+
+
+class GatewayActor:
+    """Starts its gateway when Ray constructs it, so also after a restart."""
+
+    def __init__(self, place: Place, door: Door, number: int) -> None:
+        name = actor_name(number)
+        set_up_logging(place, name)
+        self._starting = asyncio.get_running_loop().create_task(start_gateway(place, door, f"{name}/{os.getpid()}"))
+        self._starting.add_done_callback(_die_if_failed)
+
+    async def ready(self) -> None:
+        """Return when bids can be placed through this gateway."""
+        await asyncio.shield(self._starting)
+
+    async def stop(self) -> None:
+        """Send everybody elsewhere and end."""
+        running = await asyncio.shield(self._starting)
+        await running.stop()
+
+
+def create(place: Place, door: Door, number: int) -> Any:  # noqa: ANN401 (Ray's handles have no type)
+    """Have Ray start a gateway, and start it again whenever its process ends."""
+    actor: Any = ray.remote(GatewayActor)
+    return actor.options(
+        name=actor_name(number),
+        namespace=NAMESPACE,
+        lifetime="detached",
+        num_cpus=0,
+        resources={RESOURCE: 1},
+        max_concurrency=1_000,
+        max_restarts=-1,
+        max_task_retries=0,
+    ).remote(place, door, number)
+
+
+def _die_if_failed(starting: asyncio.Task[RunningGateway]) -> None:
+    if not starting.cancelled() and starting.exception() is not None:
+        logger.error("the gateway could not start", exc_info=starting.exception())
+        die("the gateway could not start")
+
+
+def _raise_file_limit() -> None:
+    """Each socket is an open file: take as many as the system allows."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _listening_socket(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    listening.bind((host, port))
+    listening.listen(_BACKLOG)
+    return listening

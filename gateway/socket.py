@@ -1,0 +1,402 @@
+"""Bytes and frames: the only file that touches a client's socket. What is said on it is decided in `session.py`.
+
+uvicorn takes the connection and reads the HTTP request; an upgrade it hands to the class that `make_protocol` makes (as
+its `ws=`), which is picows's WebSocket protocol with a `ClientSocket` as its listener.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Final, Protocol, cast
+from uuid import UUID, uuid4
+
+from picows import (
+    WSAutoPingStrategy,
+    WSCloseCode,
+    WSFrame,
+    WSListener,
+    WSMsgType,
+    WSTransport,
+    WSUpgradeRequest,
+    WSUpgradeResponse,
+    WSUpgradeResponseWithListener,
+)
+from picows.picows import WSProtocol  # type: ignore[attr-defined]  # Public, though its stub does not name it.
+
+from actors.messages import Answer, Payload, Subscribed
+from engine.limits import (
+    CLOSE_REASON_BYTES_MAX,
+    CLOSE_TIMEOUT_MS,
+    FRAME_BYTES_MAX,
+    HELLO_TIMEOUT_MS,
+    SECOND_MS,
+    SOCKET_WRITE_BYTES_MAX,
+    SOCKETS_MAX,
+)
+from engine.rejections import Rejection
+from gateway.session import (
+    Close,
+    Intent,
+    PendingBid,
+    PendingSubscription,
+    Ping,
+    Send,
+    Session,
+    Submit,
+    Subscribe,
+    Unsubscribe,
+    Verify,
+)
+
+PATH: Final = b"/v1/live"
+SUBPROTOCOL: Final = "gavel.v1"
+
+# RFC 6455, section 7.4.1
+_OK: Final = 1000
+_PROTOCOL_ERROR: Final = 1002
+_MESSAGE_TOO_BIG: Final = 1009
+
+_COPIED_BYTES_MAX: Final = 8_192
+"""picows copies messages up to this size before it writes them."""
+_HEADER_BYTES: Final = 14
+"""The room that picows wants before a message to write a frame's header into."""
+_TEXT: Final = WSMsgType.TEXT
+
+
+# What a socket needs
+
+
+class Router(Protocol):
+    """Where bids go."""
+
+    def submit(self, payload: Payload, on_answer: Callable[[Answer], None]) -> None:
+        """Hand in; `on_answer` is called once, perhaps before this returns. Never raises."""
+        ...
+
+
+class Sink(Protocol):
+    """What a fan-out sends to: a `ClientSocket`."""
+
+    def send(self, frame: bytes) -> None:
+        """Write a text message; does nothing once the socket is closed. Never raises."""
+        ...
+
+    def fall_behind(self) -> None:
+        """Close as too slow: the client comes back and asks for what it missed."""
+        ...
+
+
+class Fanout(Protocol):
+    """Where a topic's events come from."""
+
+    def subscribe(
+        self,
+        topic: UUID,
+        viewer: UUID | None,
+        since: int | None,
+        sink: Sink,
+        on_subscribed: Callable[[Subscribed | Rejection], None],
+        /,
+    ) -> None:
+        """Have `on_subscribed` called once, before any later event is sent to `sink`."""
+        ...
+
+    def unsubscribe(self, topic: UUID, sink: Sink, /) -> None:
+        """Send no more events of `topic` to `sink`."""
+        ...
+
+    def drop(self, sink: Sink, /) -> None:
+        """Forget `sink`, and what it has asked for."""
+        ...
+
+
+class Sockets:
+    """The open sockets of a gateway; at most `sockets_max` are let in."""
+
+    def __init__(self, sockets_max: int = SOCKETS_MAX) -> None:
+        self.sockets_max = sockets_max
+        self.is_draining = False
+        self._open: set[ClientSocket] = set()
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def tick(self, now: int) -> None:
+        """Let each socket do what is due; to be called about once a second."""
+        for socket in tuple(self._open):
+            socket.tick(now)
+
+    def drain(self) -> None:
+        """Close all sockets, and whatever still connects: this gateway is going away."""
+        self.is_draining = True
+        for socket in tuple(self._open):
+            socket.drain()
+
+    def add(self, socket: "ClientSocket") -> bool:
+        """Let a socket in; False if the house is full."""
+        if len(self._open) >= self.sockets_max:
+            return False
+        self._open.add(socket)
+        return True
+
+    def discard(self, socket: "ClientSocket") -> None:
+        """Forget a socket that is closed or closing."""
+        self._open.discard(socket)
+
+
+def make_protocol(
+    router: Router, fanout: Fanout, verify: Verify, clock: Callable[[], int], sockets: Sockets
+) -> type[asyncio.Protocol]:
+    """Make the class that uvicorn takes as `ws=`. `clock` gives milliseconds since the epoch."""
+
+    def listener(request: WSUpgradeRequest) -> WSUpgradeResponseWithListener:
+        if request.path.partition(b"?")[0] != PATH:
+            not_found = WSUpgradeResponse.create_error_response(404, b"There is no WebSocket here; it is at /v1/live.")
+            return WSUpgradeResponseWithListener(not_found, None)
+        # Firefox sends "keep-alive, Upgrade". uvicorn has found the word in the list; picows takes only the word alone.
+        request.headers["Connection"] = "Upgrade"
+        offered = ",".join(request.headers.getall("Sec-WebSocket-Protocol", [])).split(",")
+        is_offered = SUBPROTOCOL in (name.strip() for name in offered)
+        response = WSUpgradeResponse.create_101_response(
+            {"Sec-WebSocket-Protocol": SUBPROTOCOL} if is_offered else None
+        )
+        socket = ClientSocket(router, fanout, Session(uuid4(), verify, clock()), clock, sockets)
+        return WSUpgradeResponseWithListener(response, socket)
+
+    class LiveProtocol(_LiveProtocol):
+        listener_factory = staticmethod(listener)
+
+    return LiveProtocol
+
+
+class ClientSocket(WSListener):
+    """One client's socket: carries its session's intents out, and brings it what comes."""
+
+    __slots__ = (
+        "_clock",
+        "_cut",
+        "_fanout",
+        "_fragments",
+        "_is_closing",
+        "_router",
+        "_session",
+        "_sockets",
+        "_transport",
+    )
+
+    _transport: WSTransport
+
+    def __init__(
+        self, router: Router, fanout: Fanout, session: Session, clock: Callable[[], int], sockets: Sockets
+    ) -> None:
+        self._router = router
+        self._fanout = fanout
+        self._session = session
+        self._clock = clock
+        self._sockets = sockets
+        self._fragments: bytearray | None = None
+        self._is_closing = False
+        self._cut: asyncio.TimerHandle | None = None
+
+    # From the gateway
+
+    def send(self, frame: bytes) -> None:
+        """Write a text message; does nothing once the socket is closed."""
+        if len(frame) <= _COPIED_BYTES_MAX:
+            self._transport.send(_TEXT, frame)
+        else:
+            # Of a larger message picows leaves the header in a buffer that its next message overwrites, perhaps before
+            # the loop has written it out.
+            self._transport.send_reuse_external_bytearray(_TEXT, bytearray(_HEADER_BYTES) + frame, _HEADER_BYTES)
+
+    def fall_behind(self) -> None:
+        """Close as too slow: the client comes back and asks for what it missed."""
+        self._run(self._session.too_slow())
+
+    def tick(self, now: int) -> None:
+        """Do what is due."""
+        self._run(self._session.tick(now))
+
+    def drain(self) -> None:
+        """Close, since this gateway is going away."""
+        self._run(self._session.drained())
+
+    # From picows
+
+    def on_ws_connected(self, transport: WSTransport) -> None:
+        self._transport = transport
+        # Crossing this calls `pause_writing`, which spares us asking at every message.
+        transport.underlying_transport.set_write_buffer_limits(high=SOCKET_WRITE_BYTES_MAX)
+        if not self._sockets.add(self):
+            self._run(self._session.too_many())
+        elif self._sockets.is_draining:
+            self.drain()
+
+    def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
+        kind = frame.msg_type
+        if kind == WSMsgType.CLOSE:
+            self._close(_OK, "")
+            transport.disconnect()
+        elif self._is_closing or transport.is_close_frame_sent:
+            # picows closes by itself, too: after a frame against the rules.
+            return
+        elif frame.rsv1 or frame.rsv2 or frame.rsv3:
+            self._close(_PROTOCOL_ERROR, "No extension was negotiated.")
+        elif kind == WSMsgType.TEXT and frame.fin and self._fragments is None:
+            self._run(self._session.text_received(frame.get_payload_as_bytes(), self._clock()))
+        elif kind == WSMsgType.PING:
+            # Not left to picows, so that it counts what is not read of these.
+            transport.send_pong(frame.get_payload_as_bytes())
+        elif kind == WSMsgType.PONG:
+            self._session.activity()
+        elif kind == WSMsgType.BINARY:
+            self._run(self._session.binary_received())
+        else:
+            self._fragment(frame)
+
+    def on_ws_disconnected(self, transport: WSTransport) -> None:  # noqa: ARG002 (picows's)
+        self._leave()
+        if self._cut is not None:
+            self._cut.cancel()
+
+    def pause_writing(self) -> None:
+        # Called in the midst of a write, perhaps of a broadcast, which should not lose a socket under its hands.
+        asyncio.get_running_loop().call_soon(self.fall_behind)
+
+    def resume_writing(self) -> None:
+        """Nothing to do: who was over the budget is closed."""
+
+    # The details
+
+    def _fragment(self, frame: WSFrame) -> None:
+        """Take a piece of a message in several frames (RFC 6455, section 5.4)."""
+        is_first = frame.msg_type == WSMsgType.TEXT
+        if is_first != (self._fragments is None):
+            self._close(_PROTOCOL_ERROR, "A fragment is out of place.")
+            return
+        if self._fragments is None:
+            self._fragments = bytearray()
+        if len(self._fragments) + frame.payload_size > FRAME_BYTES_MAX:
+            self._close(_MESSAGE_TOO_BIG, f"A message has at most {FRAME_BYTES_MAX} bytes.")
+            return
+        self._fragments += frame.get_payload_as_memoryview()
+        if frame.fin:
+            data = bytes(self._fragments)
+            self._fragments = None
+            self._run(self._session.text_received(data, self._clock()))
+
+    def _run(self, intents: Iterable[Intent]) -> None:
+        for intent in intents:
+            match intent:
+                case Send():
+                    self.send(intent.data)
+                case Submit():
+                    self._router.submit(intent.payload, partial(self._answered, intent.pending))
+                case Subscribe():
+                    on_subscribed = partial(self._subscribed, intent.pending)
+                    self._fanout.subscribe(intent.topic, intent.viewer, intent.since, self, on_subscribed)
+                case Unsubscribe():
+                    self._fanout.unsubscribe(intent.topic, self)
+                case Ping():
+                    self._transport.send_ping()
+                case Close():
+                    self._close(intent.code, intent.reason)
+
+    def _answered(self, pending: PendingBid, answer: Answer) -> None:
+        if not self._is_closing:
+            self._run(self._session.answered(pending, answer))
+
+    def _subscribed(self, pending: PendingSubscription, answer: Subscribed | Rejection) -> None:
+        if not self._is_closing:
+            self._run(self._session.subscribed(pending, answer))
+
+    def _close(self, code: int, reason: str) -> None:
+        """Send a close, and cut the connection if the peer does not answer it, or does not read it."""
+        if self._is_closing:
+            return
+        self._leave()
+        assert len(reason.encode()) <= CLOSE_REASON_BYTES_MAX
+        # Cython's enum takes every number, as RFC 6455 wants it; its stub does not say so.
+        self._transport.send_close(cast("WSCloseCode", code), reason.encode())
+        self._cut = asyncio.get_running_loop().call_later(
+            CLOSE_TIMEOUT_MS / SECOND_MS, self._transport.disconnect, False
+        )
+
+    def _leave(self) -> None:
+        """Take no more part in anything: what is still on its way to this client is dropped."""
+        if not self._is_closing:
+            self._is_closing = True
+            self._sockets.discard(self)
+            self._fanout.drop(self)
+
+
+class _LiveProtocol(WSProtocol):  # type: ignore[misc]  # Any, as far as the stub goes.
+    """picows's protocol, as uvicorn makes one for each upgrade."""
+
+    listener_factory: Callable[[WSUpgradeRequest], WSUpgradeResponseWithListener]
+
+    def __init__(self, config: Any, server_state: Any, app_state: Any) -> None:  # noqa: ANN401, ARG002 (uvicorn's)
+        self._connections: set[object] = server_state.connections
+        super().__init__(
+            host_port=None,
+            ws_path=None,
+            is_client_side=False,
+            ws_listener_factory=self.listener_factory,
+            logger=_LOGGER,
+            disconnect_on_exception=True,
+            websocket_handshake_timeout=HELLO_TIMEOUT_MS / SECOND_MS,
+            enable_auto_ping=False,
+            auto_ping_idle_timeout=0,
+            auto_ping_reply_timeout=0,
+            auto_ping_strategy=WSAutoPingStrategy.PING_PERIODICALLY,
+            enable_auto_pong=False,
+            max_frame_size=FRAME_BYTES_MAX,
+            extra_headers=None,
+            read_buffer_init_size=0,
+        )
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # uvicorn, when it shuts down, calls `shutdown` of all its connections, and waits until they are gone.
+        self._connections.add(self)
+        super().connection_made(transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._connections.discard(self)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Take the upgrade request from uvicorn. What follows on the connection goes past this, into the buffer."""
+        rest = memoryview(data)
+        while rest:
+            buffer = self.get_buffer(len(rest))
+            size = min(len(buffer), len(rest))
+            buffer[:size] = rest[:size]
+            self.buffer_updated(size)
+            rest = rest[size:]
+
+    def shutdown(self) -> None:
+        """End the connection: uvicorn is shutting down."""
+        if self.listener is None:
+            self.transport.disconnect()
+        else:
+            self.listener.drain()
+
+
+class _QuietLogger(logging.LoggerAdapter[logging.Logger]):
+    """A peer that comes, goes or breaks the rules is no news; all that is left is our own faults.
+
+    Being no Logger, it is shared by all connections: of a Logger picows makes a child for each.
+    """
+
+    def info(self, msg: object, *args: object, **kwargs: Any) -> None:  # noqa: ANN401 (as in logging)
+        self.debug(msg, *args, **kwargs)
+
+    def error(self, msg: object, *args: object, **kwargs: Any) -> None:  # noqa: ANN401 (as in logging)
+        if str(msg).startswith("WS parser error"):
+            self.debug(msg, *args, **kwargs)
+        else:
+            super().error(msg, *args, **kwargs)
+
+
+_LOGGER: Final = _QuietLogger(logging.getLogger(__name__))

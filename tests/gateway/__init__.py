@@ -1,0 +1,1 @@
+"""Tests of `gateway/`, without servers and without connections."""
