@@ -21,8 +21,7 @@ class Clock:
         if self._offset_ns is None:
             raise RuntimeError("the clock was read before it was set by Postgres's")
         now = (self._monotonic_ns() + self._offset_ns) // 1_000_000
-        if now > self._latest_ms:
-            self._latest_ms = now
+        self._latest_ms = max(self._latest_ms, now)
         return self._latest_ms
 
     def set(self, reference_ms: int, asked_ns: int, answered_ns: int) -> None:

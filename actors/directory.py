@@ -31,7 +31,7 @@ class Owner(NamedTuple):
     address: str | None
 
 
-# Slots are dealt out in turn. Every shard's epoch is raised when they are dealt anew, so that nobody serves an old deal.
+# Slots are dealt out in turn. When they are dealt anew every shard's epoch is raised: nobody serves an old deal.
 _LAY_OUT = """
 WITH dealt AS (
     INSERT INTO slots SELECT slot, slot % $1 FROM generate_series(0, $2 - 1) AS slot
@@ -51,7 +51,9 @@ _TAKE_OVER = """
 UPDATE shards
 SET epoch = epoch + 1, address = NULL, alive_at = clock_timestamp(), backend_pid = $3
 WHERE shard_id = $1 AND epoch = $2 RETURNING epoch"""
-_ANNOUNCE = "UPDATE shards SET address = $3, alive_at = clock_timestamp() WHERE shard_id = $1 AND epoch = $2 RETURNING 1"
+_ANNOUNCE = (
+    "UPDATE shards SET address = $3, alive_at = clock_timestamp() WHERE shard_id = $1 AND epoch = $2 RETURNING 1"
+)
 _RETIRE = "UPDATE shards SET address = NULL, alive_at = '-infinity' WHERE shard_id = $1 AND epoch = $2"
 
 

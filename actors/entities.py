@@ -56,7 +56,7 @@ class Entity:
         """Wake an entity from what the journal holds. Raises `ValueError` where that cannot be read."""
         entity = cls(entity_id)
         if loaded.snapshot is not None:
-            entity.state = _DECODE_STATE(loaded.snapshot.body)
+            entity.state = decode_state(loaded.snapshot.body)
             entity.seq = entity.saved_seq = loaded.snapshot.seq
             entity.hash = loaded.snapshot.hash
             entity.last_at = loaded.snapshot.last_at
@@ -156,4 +156,4 @@ def bid_accepted(recorded: Recorded) -> BidAccepted:
 
 
 _ENCODE_STATE: Final = msgspec.msgpack.Encoder(uuid_format="bytes").encode
-_DECODE_STATE: Final = msgspec.msgpack.Decoder(Auction).decode
+decode_state: Final = msgspec.msgpack.Decoder(Auction).decode

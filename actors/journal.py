@@ -22,7 +22,7 @@ class Fenced(Exception):
 
 
 class Refused(Exception):
-    """The database did not take an append that should be right, or its outcome is unknown: this incarnation must end."""
+    """An append was not taken though it should be right, or its outcome is unknown: this incarnation must end."""
 
 
 class Unreadable(Exception):
@@ -115,9 +115,9 @@ WITH owner AS (
                              $9::bytea[], $10::bytea[]) AS row, owner
     RETURNING 1
 )"""
-_APPEND_EVENTS = _APPEND + " SELECT count(*) FROM appended"
+_APPEND_EVENTS = _APPEND + " SELECT count(*) FROM appended"  # noqa: S608 (a constant)
 _APPEND_ALL = (
-    _APPEND
+    _APPEND  # noqa: S608 (a constant)
     + """, indexed AS (
     INSERT INTO entities (entity_id, slot, kind, owner_id, status, due_at, created_at)
     SELECT entity.* FROM unnest($11::uuid[], $12::smallint[], $13::text[], $14::uuid[], $15::text[], $16::bigint[],

@@ -1,7 +1,7 @@
 """The ordered connection between a gateway and a shard, both ends: a WebSocket of binary frames.
 
 The gateway's end (`Link`) keeps what was not answered and sends it again, in order, to the shard's next incarnation;
-every command carries an id, so that is safe. The shard's end (`LinkServer`) feeds what arrives to the shard as one turn.
+every command carries an id, so that is safe. The shard's end (`LinkServer`) hands what arrives to it as one turn.
 """
 
 import asyncio
@@ -185,7 +185,7 @@ class _ShardEnd(picows.WSListener):
         elif frame.msg_type == picows.WSMsgType.CLOSE:
             transport.disconnect()
 
-    def on_ws_disconnected(self, transport: picows.WSTransport) -> None:
+    def on_ws_disconnected(self, transport: picows.WSTransport) -> None:  # noqa: ARG002 (picows's signature)
         self.is_gone = True
         self._pulse.stop()
         self._server.ends.discard(self)
@@ -433,7 +433,7 @@ class _GatewayEnd(picows.WSListener):
         elif frame.msg_type == picows.WSMsgType.CLOSE:
             transport.disconnect()
 
-    def on_ws_disconnected(self, transport: picows.WSTransport) -> None:
+    def on_ws_disconnected(self, transport: picows.WSTransport) -> None:  # noqa: ARG002 (picows's signature)
         self._pulse.stop()
         self.is_open = False
         self.settled.set()

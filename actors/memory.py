@@ -52,9 +52,9 @@ class MemoryJournal:
                 store.private[row.entity_id, row.seq] = row.private
         for entity in entities:
             known = store.entities.get(entity.entity_id)
-            if known is not None:
-                entity = known._replace(status=entity.status, due_at=entity.due_at)
-            store.entities[entity.entity_id] = entity
+            store.entities[entity.entity_id] = (
+                entity if known is None else known._replace(status=entity.status, due_at=entity.due_at)
+            )
 
     async def check(self) -> None:
         """See `Journal`."""

@@ -18,7 +18,17 @@ from actors.deadlines import Deadlines
 from actors.directory import slot_of
 from actors.entities import SNAPSHOT_VERSION, Entity, Recorded, bid_accepted
 from actors.journal import EntityRow, Fenced, Journal, Refused, Row, SnapshotRow, Unreadable
-from actors.messages import Answer, Answered, GetAuction, Payload, Published, Request, Subscribe, Subscribed, Unsubscribe
+from actors.messages import (
+    Answer,
+    Answered,
+    GetAuction,
+    Payload,
+    Published,
+    Request,
+    Subscribe,
+    Subscribed,
+    Unsubscribe,
+)
 from engine.auction import decide, due_at, snapshot
 from engine.commands import CancelAuction, EndAuction, ExecuteDue, OpenAuction, PlaceBid
 from engine.events import Event, decode
@@ -108,6 +118,9 @@ class Shard:
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_stopping = False
+        self._last_turn = 0
+        """The turn that a stop waits for."""
+        self._drained = asyncio.Event()
 
     # The public way in
 
@@ -128,10 +141,9 @@ class Shard:
         for entity in self._awake.values():
             if entity.seq > entity.saved_seq:
                 self._turn.snapshots.append(entity.snapshot_row())
-        last = self._turn.number
+        self._last_turn = self._turn.number
         self._work.set()
-        while self._line > 0 or self._released < last:
-            await asyncio.sleep(0.005)
+        await self._drained.wait()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -408,10 +420,9 @@ class Shard:
         self._released = turn.number
         for outlet, messages in outputs.items():
             outlet.deliver(messages)
+        self._check_drained()
 
-    def _publish(
-        self, topic: UUID, events: list[Recorded], outputs: dict[Outlet, list[Answered | Published]]
-    ) -> None:
+    def _publish(self, topic: UUID, events: list[Recorded], outputs: dict[Outlet, list[Answered | Published]]) -> None:
         published = Published(topic, events[0].seq, events[-1].seq, _encode_events(events))
         for outlet in self._watchers.get(topic, ()):
             outputs.setdefault(outlet, []).append(published)
@@ -428,6 +439,11 @@ class Shard:
             answer = _UNAVAILABLE
         self._line -= 1
         step.outlet.deliver([Answered(step.request, answer)])
+        self._check_drained()
+
+    def _check_drained(self) -> None:
+        if self._is_stopping and self._line == 0 and self._released >= self._last_turn:
+            self._drained.set()
 
     async def _keep_alive(self) -> None:
         """Without appends the epoch is checked, and a sign of life given, all the same."""

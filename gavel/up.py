@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import fcntl
 import logging
 import os
 import shutil
@@ -10,10 +9,9 @@ import signal
 import socket
 import sys
 import tempfile
-import warnings
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 
 import asyncpg
 import click
@@ -23,6 +21,7 @@ from actors.bootstrap import Place
 from actors.directory import Directory
 from gavel.errors import CommandError
 from gavel.keys import KeyPair, ensure_keys, ensure_secret, secret_path
+from gavel.postgres import EmbeddedPostgres, held
 from gavel.settings import Settings, load_settings
 
 _START_S: Final = 60
@@ -50,7 +49,7 @@ Examples:
 @click.option("--shards", type=int, help="How many processes hold auctions (default 2).")
 @click.option("--gateways", type=int, help="How many processes hold sockets (default 1).")
 @click.option("--demo", is_flag=True, help="Let simulated bidders bid on a few auctions.")
-def command(demo: bool, **given: object) -> None:  # noqa: FBT001 (click's way)
+def command(demo: bool, **given: object) -> None:
     """Run the engine: database, shards and gateways. Ends on Ctrl-C or SIGTERM.
 
     Prints one line, `ready http://HOST:PORT`, when bids can be placed.
@@ -91,21 +90,13 @@ async def _up(settings: Settings, *, is_demo: bool) -> None:
 @contextlib.contextmanager
 def _data_folder(folder: Path) -> Iterator[Path]:
     """Hold the data folder for ourselves; yields the folder for logs."""
-    try:
-        log_dir = folder / "logs"
-        log_dir.mkdir(parents=True, exist_ok=True)
-        lock: IO[str] = (folder / "lock").open("w")
-    except OSError as error:
-        raise CommandError(
-            f"The data folder {folder} cannot be used ({error.strerror}); name another with --data-dir."
-        ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+    with held(folder) as is_ours:
+        if not is_ours:
             raise CommandError(
                 f"Another engine runs in {folder}; stop it first, or name another folder with --data-dir."
-            ) from None
+            )
+        log_dir = folder / "logs"
+        log_dir.mkdir(exist_ok=True)
         yield log_dir
 
 
@@ -129,15 +120,10 @@ def _reserved_port(host: str, port: int) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def _embedded_postgres(folder: Path) -> Iterator[str]:
-    with warnings.catch_warnings():
-        # Where there is no folder for a user's sockets the library falls back to one of its own, as it should.
-        warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")
-        from gavel.postgres import EmbeddedPostgres  # noqa: PLC0415 (only now: it is not for every engine)
-
-        _say("starting Postgres")
-        postgres = EmbeddedPostgres(folder / "postgres")
-        url = postgres.start()
+def _embedded_postgres(data_dir: Path) -> Iterator[str]:
+    _say("starting Postgres")
+    postgres = EmbeddedPostgres(data_dir)
+    url = postgres.start()
     try:
         yield url
     finally:
@@ -166,10 +152,10 @@ def _ray(settings: Settings) -> Iterator[None]:
     """Join the cluster that is named, or start a Ray of our own, in a folder of its own."""
     _say("starting Ray")
     os.environ.update({name: value for name, value in _RAY_ENVIRONMENT.items() if name not in os.environ})
-    import ray  # noqa: PLC0415 (slow, and it reads its environment when it is imported)
+    import ray
 
-    from actors import shard_actor  # noqa: PLC0415
-    from gateway import gateway_actor  # noqa: PLC0415
+    from actors import shard_actor
+    from gateway import gateway_actor
 
     folder = Path(tempfile.mkdtemp(prefix="gavel-ray-"))
     own: dict[str, Any] = {
@@ -199,8 +185,8 @@ def _ray(settings: Settings) -> Iterator[None]:
 @contextlib.asynccontextmanager
 async def _actors(settings: Settings, place: Place, port: int, keys: KeyPair) -> AsyncIterator[None]:
     """Shards, then gateways; stopped the other way round, so that no bid comes to a shard that is gone."""
-    from actors import shard_actor  # noqa: PLC0415 (after Ray has its environment)
-    from gateway import gateway_actor  # noqa: PLC0415
+    from actors import shard_actor
+    from gateway import gateway_actor
 
     _say(f"starting {settings.shards} shards and {settings.gateways} gateways")
     door = gateway_actor.Door(host=settings.host, port=port, public_key=keys.public_pem)
@@ -221,7 +207,7 @@ async def _actors(settings: Settings, place: Place, port: int, keys: KeyPair) ->
 
 
 def _kill(actors: list[Any]) -> None:
-    import ray  # noqa: PLC0415
+    import ray
 
     for actor in actors:
         with contextlib.suppress(Exception):
@@ -230,7 +216,7 @@ def _kill(actors: list[Any]) -> None:
 
 @contextlib.asynccontextmanager
 async def _demo(url: str, keys: KeyPair) -> AsyncIterator[None]:
-    from gavel.demo import run_demo  # noqa: PLC0415
+    from gavel.demo import run_demo
 
     stop = asyncio.Event()
     task = asyncio.create_task(run_demo(url, keys.private_pem, stop, _say))

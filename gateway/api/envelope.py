@@ -4,8 +4,10 @@ Success: `{"success": true, "data": …, "meta": …}`. Failure: `{"success": fa
 "details"}, "meta": …}` with the HTTP status that fits. `meta` says when, which request and which version.
 """
 
+import asyncio
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from http import HTTPStatus
@@ -177,7 +179,7 @@ STATUSES: Final[dict[Code, int]] = {
 }
 """The HTTP status of each refusal of the engine."""
 
-_EXAMPLES: Final[dict[int, tuple[str, str]]] = {
+_BY_STATUS: Final[dict[int, tuple[str, str]]] = {
     400: ("BAD_REQUEST", "The body is not valid JSON."),
     401: ("NOT_AUTHENTICATED", "Log in first: this needs an access token."),
     403: ("FORBIDDEN", "Only the auction's maker or an admin may do this."),
@@ -190,6 +192,7 @@ _EXAMPLES: Final[dict[int, tuple[str, str]]] = {
     500: ("INTERNAL_ERROR", "Something went wrong here, and it has been noted."),
     503: ("BUSY", "Too much at once; try again shortly."),
 }
+"""What HTTP itself may say no with, and the example of each status in the description."""
 _OTHER_CODES: Final = {405: ("METHOD_NOT_ALLOWED", "This address does not take that method.")}
 _ALWAYS: Final = (422, 429, 500, 503)
 _WITH_A_BODY: Final = (400, 413, 415)
@@ -202,7 +205,7 @@ def failures(*statuses: int, body: bool = False) -> dict[int | str, dict[str, An
 
 
 def _describe(status: int) -> dict[str, Any]:
-    code, message = _EXAMPLES[status]
+    code, message = _BY_STATUS[status]
     wrong = {"field": "starting_price", "message": "The amount has more than 2 decimals."}
     details = [wrong] if status == HTTPStatus.UNPROCESSABLE_ENTITY else []
     example = {
@@ -255,16 +258,16 @@ async def _on_catalogue_unavailable(request: Request, unavailable: Exception) ->
 
 async def _on_invalid(request: Request, invalid: Exception) -> Response:
     assert isinstance(invalid, Invalid)
-    code, message = _EXAMPLES[422]
+    code, message = _BY_STATUS[422]
     return failure(request.scope, 422, code, message, details=[invalid.detail])
 
 
 async def _on_validation_error(request: Request, invalid: Exception) -> Response:
     assert isinstance(invalid, RequestValidationError)
     if isinstance(invalid.body, bytes):  # So it stays where the content type does not say that it is JSON.
-        code, message = _EXAMPLES[415]
+        code, message = _BY_STATUS[415]
         return failure(request.scope, 415, code, message)
-    code, message = _EXAMPLES[422]
+    code, message = _BY_STATUS[422]
     details: list[Detail] = [
         {"field": _field(error["loc"], invalid.body), "message": _printable(error["msg"])} for error in invalid.errors()
     ]
@@ -298,7 +301,7 @@ def _printable(text: str) -> str:
 async def _on_http_exception(request: Request, exception: Exception) -> Response:
     assert isinstance(exception, HTTPException)
     status = exception.status_code
-    code, message = {**_EXAMPLES, **_OTHER_CODES}.get(status, ("BAD_REQUEST", "The request cannot be served."))
+    code, message = {**_BY_STATUS, **_OTHER_CODES}.get(status, ("BAD_REQUEST", "The request cannot be served."))
     if status == HTTPStatus.NOT_FOUND:
         message = "There is nothing at this address."
     elif status == HTTPStatus.BAD_REQUEST:
@@ -325,6 +328,10 @@ class _Envelope:
             if message["type"] == "http.response.start":
                 has_started = True
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+            elif taken > BODY_BYTES_MAX:
+                await send({**message, "more_body": True})
+                await _discard(receive)
+                message = {"type": "http.response.body"}
             await send(message)
 
         async def receive_bounded() -> Message:
@@ -336,8 +343,9 @@ class _Envelope:
             return message
 
         try:
-            if _content_length(scope) > BODY_BYTES_MAX:
-                code, sentence = _EXAMPLES[413]
+            if (length := _content_length(scope)) > BODY_BYTES_MAX:
+                taken = length
+                code, sentence = _BY_STATUS[413]
                 too_large = failure(scope, 413, code, sentence, headers=_CLOSE)
                 await too_large(scope, receive, send_with_id)
             else:
@@ -346,12 +354,27 @@ class _Envelope:
             _log.exception("%s: %s %s failed", request_id, scope["method"], scope["path"])
             if has_started:  # Half an answer is out; only breaking it off tells the client.
                 raise
-            code, sentence = _EXAMPLES[500]
+            code, sentence = _BY_STATUS[500]
             await failure(scope, 500, code, sentence)(scope, receive, send_with_id)
 
 
 _CLOSE: Final = {"Connection": "close"}
 """Nobody reads the rest of too large a body, so the connection cannot be used again."""
+
+LINGER_BYTES_MAX: Final = 8 * BODY_BYTES_MAX
+LINGER_S = 2.0
+
+
+async def _discard(receive: Receive) -> None:
+    """Throw away the rest of too large a body, within bounds.
+
+    A connection that is closed on unread bytes is reset, and with it goes the answer that says why.
+    """
+    discarded = 0
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_S):
+            while discarded < LINGER_BYTES_MAX and (message := await receive()).get("more_body"):
+                discarded += len(message.get("body", b""))
 
 
 def _content_length(scope: Scope) -> int:

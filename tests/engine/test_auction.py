@@ -335,9 +335,10 @@ def test_a_cap_of_zero_extends_nothing(anchor: Literal["reset", "append"]) -> No
 
 def test_an_extension_shorter_than_what_is_left_moves_nothing() -> None:
     driver = Driver.opened(soft_close=SoftClose(window_ms=60_000, extension_ms=10_000, max_extension_ms=150_000))
-    driver.bid(ANNA, up_to=2_000, now=END - 10_000)
+    driver.bid(ANNA, up_to=2_000, now=END - 60_000)
+    driver.bid(BEN, up_to=3_000, now=END - 10_000)
     assert ends(driver) == []
-    driver.bid(BEN, up_to=3_000, now=END - 9_999)
+    driver.bid(ANNA, up_to=4_000, now=END - 9_999)
     assert ends(driver) == [(END + 1, CAP)]
 
 

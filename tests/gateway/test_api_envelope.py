@@ -1,3 +1,4 @@
+import asyncio
 import logging
 import re
 from collections.abc import AsyncIterator
@@ -12,7 +13,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from engine.limits import BODY_BYTES_MAX
 from engine.rejections import Code, Rejection
-from gateway.api.envelope import STATUSES, Refused, install, iso
+from gateway.api import envelope
+from gateway.api.envelope import LINGER_BYTES_MAX, STATUSES, Refused, install, iso
 from tests.gateway.engine_router import World, as_user, auction_to_open
 
 AUCTIONS = "/api/v1/auctions"
@@ -215,7 +217,7 @@ async def test_its_header_is_enough(client: httpx.AsyncClient, length: str) -> N
     assert response.status_code == 413
 
 
-async def test_a_chunked_body_is_read_no_further_than_the_bound(client: httpx.AsyncClient) -> None:
+async def test_a_chunked_body_is_not_read_whole(client: httpx.AsyncClient) -> None:
     sent = 0
 
     async def chunks() -> AsyncIterator[bytes]:
@@ -228,7 +230,32 @@ async def test_a_chunked_body_is_read_no_further_than_the_bound(client: httpx.As
     response = await client.post(AUCTIONS, content=chunks(), headers=headers)
     assert (response.status_code, response.json()["error"]["code"]) == (413, "TOO_LARGE")
     assert response.headers["connection"] == "close"
-    assert sent <= BODY_BYTES_MAX + 2 * 65_536
+    assert sent <= BODY_BYTES_MAX + LINGER_BYTES_MAX + 2 * 65_536
+
+
+async def test_nobody_waits_long_for_the_rest_of_too_large_a_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(envelope, "LINGER_S", 0.01)
+    app = FastAPI()
+    install(app)
+    sent: list[Message] = []
+
+    async def silence() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def remember(message: Message) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/",
+        "headers": [(b"content-length", b"99999999")],
+        "query_string": b"",
+    }
+    await app(scope, silence, remember)
+    # The answer is out before the wait, the connection is over after it.
+    assert [message.get("more_body") for message in sent] == [None, True, None]
 
 
 async def test_the_largest_body_is_read(client: httpx.AsyncClient) -> None:

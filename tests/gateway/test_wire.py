@@ -195,13 +195,16 @@ _JSON = st.recursive(
     )
 )
 def test_any_object_is_read_or_told_what_is_wrong(message: dict[str, Any]) -> None:
+    data = json.dumps(message, ensure_ascii=False).encode()
     try:
-        wire.decode(json.dumps(message, ensure_ascii=False).encode("utf-8", "replace"))
-    except wire.Malformed as error:
-        assert error.code in ("bad_request", "unknown_op")
-        assert error.field is None or error.field == "op" or error.field in wire.Bid.__struct_fields__ or message
-        if error.ref is not None:
-            assert error.ref == message["ref"]
+        wire.decode(data)
+    except wire.Malformed as malformed:
+        error = malformed
+    else:
+        return
+
+    assert error.ref is None or error.ref == message["ref"]
+    assert error.code == "unknown_op" or error.field is None or error.field in wire.EXPECTED
 
 
 def test_ids_are_written_in_lower_case() -> None:

@@ -59,7 +59,7 @@ def test_a_start_that_breaks_off_leaves_nothing_half_written(tmp_path: Path, mon
 
     with monkeypatch.context() as broken:
         broken.setattr(os, "fsync", fail)
-        with pytest.raises(CommandError, match="cannot be used .No space left on device."):
+        with pytest.raises(CommandError, match=r"cannot be used .No space left on device."):
             keys.ensure_secret(tmp_path)
     assert list((tmp_path / "keys").iterdir()) == []
     assert len(keys.ensure_secret(tmp_path)) == 2 * keys.SECRET_BYTES
@@ -71,7 +71,7 @@ def test_a_given_secret_needs_no_file(tmp_path: Path) -> None:
 
 
 def test_reading_makes_nothing_and_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(CommandError, match="There are no keys in .*; start `gavel up` once"):
+    with pytest.raises(CommandError, match=r"There are no keys in .*; start `gavel up` once"):
         keys.read_keys(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

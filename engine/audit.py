@@ -1,0 +1,139 @@
+"""The judge of one auction's journal: order, times, chain, and every decision taken again from the events alone."""
+
+from collections import deque
+from typing import Protocol
+from uuid import UUID
+
+from engine import chain
+from engine.auction import Auction, decide, due_at, evolve
+from engine.commands import CancelAuction, Command, EndAuction, ExecuteDue, OpenAuction, PlaceBid, Role
+from engine.events import (
+    BidPlaced,
+    Cancelled,
+    Ended,
+    EndedBy,
+    Event,
+    Extended,
+    MaximumRaised,
+    Opened,
+    Scheduled,
+    decode,
+)
+from engine.rejections import Rejection
+
+_NOBODY = UUID(int=0)
+
+
+class StoredEvent(Protocol):
+    """One row of the journal."""
+
+    @property
+    def entity_id(self) -> UUID: ...
+    @property
+    def seq(self) -> int: ...
+    @property
+    def at(self) -> int: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def version(self) -> int: ...
+    @property
+    def body(self) -> bytes: ...
+    @property
+    def hash(self) -> bytes: ...
+    @property
+    def command_id(self) -> bytes | None: ...
+
+
+class Audit:
+    """Follows one auction through its events, in the journal's order, and names the first thing that is not right."""
+
+    def __init__(self) -> None:
+        self.state: Auction | None = None
+        self.seq = 0
+        self.hash = chain.GENESIS
+        self.last_at = 0
+        self._commands: set[bytes] = set()
+        self._following: deque[Event] = deque()
+        """What the last decision brought about and must come next."""
+
+    def follow(self, row: StoredEvent) -> str | None:
+        """Take the next event; a sentence if something is not right with it, and then the audit is over."""
+        if row.seq != self.seq + 1:
+            return f"event {self.seq + 1} is missing: {row.seq} comes after {self.seq}"
+        if row.at < self.last_at:
+            return f"event {row.seq} lies before event {self.seq} in time"
+        expected = chain.link(self.hash, row.entity_id, row.seq, row.at, row.kind, row.version, row.body)
+        if row.hash != expected:
+            return f"the hash of event {row.seq} is {row.hash.hex()}, but should be {expected.hex()}"
+        try:
+            event = decode(row.kind, row.version, row.body)
+        except ValueError as error:
+            return f"event {row.seq} cannot be read: {error}"
+        problem = self._decided_again(row, event) or self._command_counted(row, event)
+        if problem is not None:
+            return f"event {row.seq} ({row.kind}): {problem}"
+        self.state = evolve(self.state, event)
+        self.seq, self.hash, self.last_at = row.seq, row.hash, row.at
+        return None
+
+    def finish(self) -> str | None:
+        """Close the audit; a sentence if the journal breaks off in the middle of a decision."""
+        if self._following:
+            return f"event {self.seq + 1} is missing: the last decision also brought about {self._following[0]}"
+        return None
+
+    def _decided_again(self, row: StoredEvent, event: Event) -> str | None:
+        if not self._following:
+            command = self._command_of(event)
+            if command is None:
+                return None if isinstance(event, Extended) and event.reason == "outage" else "nothing brought it about"
+            due = None if self.state is None else due_at(self.state)
+            if due is not None and due <= row.at and not isinstance(command, ExecuteDue):
+                return f"it came at {row.at}, though something was due at {due}"
+            decided = decide(self.state, command, row.at)
+            if isinstance(decided, Rejection):
+                return f"the rules refuse it: {decided.code}"
+            self._following.extend(decided)
+        expected = self._following.popleft() if self._following else None
+        return None if event == expected else f"the rules say {expected} instead of {event}"
+
+    def _command_of(self, event: Event) -> Command | None:
+        """The command that an event answers, taken from the event itself; None for one that follows another event."""
+        auction = _NOBODY if self.state is None else self.state.auction
+        match event:
+            case BidPlaced() | MaximumRaised():
+                return PlaceBid(
+                    auction=auction,
+                    bidder=event.bidder,
+                    bid_id=event.bid_id,
+                    amount=event.amount,
+                    max_amount=event.max_amount,
+                )
+            case Scheduled() | Opened() if self.state is None:
+                return OpenAuction(auction=event.auction, maker=event.maker, request_id=_NOBODY, terms=event.terms)
+            case Opened():
+                return ExecuteDue(auction)
+            case Ended(by="deadline"):
+                return ExecuteDue(auction)
+            case Ended():
+                caller, role = self._caller(event.by)
+                return EndAuction(auction=auction, caller=caller, role=role, request_id=_NOBODY, reason=event.reason)
+            case Cancelled():
+                caller, role = self._caller(event.by)
+                return CancelAuction(auction=auction, caller=caller, role=role, request_id=_NOBODY, reason=event.reason)
+        return None
+
+    def _caller(self, by: EndedBy) -> tuple[UUID, Role]:
+        maker = _NOBODY if self.state is None else self.state.maker
+        return (maker, "maker") if by == "maker" else (_NOBODY, "admin")
+
+    def _command_counted(self, row: StoredEvent, event: Event) -> str | None:
+        """No command counts twice, and a bid is filed under its bidder and its id."""
+        if isinstance(event, BidPlaced | MaximumRaised) and row.command_id != event.bidder.bytes + event.bid_id.bytes:
+            return "it is not filed under its bidder's bid_id, so that a retry would count again"
+        if row.command_id is not None:
+            if row.command_id in self._commands:
+                return "its command was counted before"
+            self._commands.add(row.command_id)
+        return None
