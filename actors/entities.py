@@ -10,7 +10,7 @@ from uuid import UUID
 import msgspec
 
 from actors.directory import slot_of
-from actors.journal import EntityRow, Loaded, Row, SnapshotRow
+from actors.journal import EntityRow, Loaded, Private, Row, SnapshotRow
 from actors.messages import AuctionView, BidAccepted, You
 from engine import chain
 from engine.auction import Auction, due_at, evolve, snapshot
@@ -28,6 +28,8 @@ class Recorded(NamedTuple):
     at: int
     event: Event
     hash: bytes
+    reason: str | None = None
+    """The text that was given with it, unless it has been erased."""
 
 
 class Entity:
@@ -63,14 +65,15 @@ class Entity:
         entity.accepted = dict(loaded.commands)
         for row in loaded.rows:
             event = decode(row.kind, row.version, row.body)
-            entity.recent.append(Recorded(row.seq, row.at, event, row.hash))
+            reason = None if row.private is None else row.private.body.decode()
+            entity.recent.append(Recorded(row.seq, row.at, event, row.hash, reason))
             if row.seq > entity.seq:
                 assert row.seq == entity.seq + 1, f"the journal of {entity_id} has a gap before {row.seq}"
                 entity.state = evolve(entity.state, event)
                 entity.seq, entity.hash, entity.last_at = row.seq, row.hash, row.at
         return entity
 
-    def record(self, event: Event, at: int, command_id: bytes | None) -> tuple[Recorded, Row]:
+    def record(self, event: Event, at: int, command_id: bytes | None, private: Private | None) -> tuple[Recorded, Row]:
         """Apply an event that was decided at `at`, and return it with the row to append for it."""
         body = encode(event)
         kind = KINDS[type(event)]
@@ -78,11 +81,12 @@ class Entity:
         self.last_at = at
         self.hash = chain.link(self.hash, self.id, self.seq, at, kind, VERSION, body)
         self.state = evolve(self.state, event)
-        recorded = Recorded(self.seq, at, event, self.hash)
+        reason = None if private is None else private.body.decode()
+        recorded = Recorded(self.seq, at, event, self.hash, reason)
         self.recent.append(recorded)
         if command_id is not None:
             self.accepted[command_id] = self.seq
-        return recorded, Row(self.id, self.seq, at, kind, VERSION, body, self.hash, command_id)
+        return recorded, Row(self.id, self.seq, at, kind, VERSION, body, self.hash, command_id, private)
 
     def recall(self, seq: int) -> Recorded | None:
         """A recent event by its `seq`; None if it has left the memory."""

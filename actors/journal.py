@@ -144,13 +144,21 @@ WITH owner AS (
 SELECT count(*) FROM owner"""
 _LOAD_SNAPSHOT = """
 SELECT entity_id, seq, hash, last_at, version, body FROM snapshots WHERE entity_id = $1 AND version = $2"""
-_ROW = "entity_id, seq, at, kind, version, body, hash, command_id"
-_LOAD_ROWS = f"SELECT {_ROW} FROM journal WHERE entity_id = $1 AND seq > $2 ORDER BY seq"  # noqa: S608 (a constant)
+SELECT_ROWS = """
+SELECT entity_id, seq, at, kind, version, journal.body, hash, command_id, salt, private.body
+FROM journal LEFT JOIN private USING (entity_id, seq)"""
+_LOAD_ROWS = SELECT_ROWS + " WHERE entity_id = $1 AND seq > $2 ORDER BY seq"
 _LOAD_COMMANDS = "SELECT command_id, seq FROM journal WHERE entity_id = $1 AND command_id IS NOT NULL"
-_READ = f"SELECT {_ROW} FROM journal WHERE entity_id = $1 AND seq = $2"  # noqa: S608 (a constant)
+_READ = SELECT_ROWS + " WHERE entity_id = $1 AND seq = $2"
 _DEADLINES = """
 SELECT entity_id, due_at FROM entities
 WHERE due_at IS NOT NULL AND slot IN (SELECT slot FROM slots WHERE shard_id = $1)"""
+
+
+def row_of(record: asyncpg.Record) -> Row:
+    """A row as `SELECT_ROWS` reads it."""
+    *row, salt, text = record
+    return Row._make((*row, None if salt is None else Private(salt, text)))
 
 
 class PostgresJournal:
@@ -200,7 +208,7 @@ class PostgresJournal:
                 commands = await connection.fetch(_LOAD_COMMANDS, entity_id)
         except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
             raise Unreadable(str(error)) from error
-        return Loaded(snapshot, [Row(*row) for row in rows], [(command_id, seq) for command_id, seq in commands])
+        return Loaded(snapshot, [row_of(row) for row in rows], [(command_id, seq) for command_id, seq in commands])
 
     async def read(self, entity_id: UUID, seq: int) -> Row | None:
         """See `Journal`."""
@@ -208,7 +216,7 @@ class PostgresJournal:
             found = await self._readers.fetchrow(_READ, entity_id, seq, timeout=APPEND_TIMEOUT_S)
         except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
             raise Unreadable(str(error)) from error
-        return None if found is None else Row(*found)
+        return None if found is None else row_of(found)
 
     async def deadlines(self) -> list[tuple[UUID, int]]:
         """See `Journal`."""

@@ -76,14 +76,18 @@ class MemoryJournal:
         if snapshot is not None and snapshot.version != snapshot_version:
             snapshot = None
         after = 0 if snapshot is None else max(0, snapshot.seq - RESUME_EVENTS_MAX)
-        rows = sorted(self._store.journal.get(entity_id, {}).values(), key=lambda row: row.seq)
+        rows = [self._with_private(row) for _, row in sorted(self._store.journal.get(entity_id, {}).items())]
         commands = [(row.command_id, row.seq) for row in rows if row.command_id is not None]
         return Loaded(snapshot, [row for row in rows if row.seq > after], commands)
 
     async def read(self, entity_id: UUID, seq: int) -> Row | None:
         """See `Journal`."""
         await asyncio.sleep(0)
-        return self._store.journal.get(entity_id, {}).get(seq)
+        row = self._store.journal.get(entity_id, {}).get(seq)
+        return None if row is None else self._with_private(row)
+
+    def _with_private(self, row: Row) -> Row:
+        return row._replace(private=self._store.private.get((row.entity_id, row.seq)))
 
     async def deadlines(self) -> list[tuple[UUID, int]]:
         """See `Journal`."""

@@ -46,7 +46,7 @@ class Unsubscribe(msgspec.Struct, frozen=True, tag="unsubscribe", array_like=Tru
 Payload = OpenAuction | PlaceBid | EndAuction | CancelAuction | GetAuction | Subscribe | Unsubscribe
 
 
-class Request(msgspec.Struct, frozen=True, array_like=True):
+class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Something to do or to tell; the answer carries the same `request` number."""
 
     request: int
@@ -81,7 +81,7 @@ class You(msgspec.Struct, frozen=True):
     is_leading: bool
 
 
-class BidAccepted(msgspec.Struct, frozen=True, tag="bid_accepted", array_like=True):
+class BidAccepted(msgspec.Struct, frozen=True, tag="bid_accepted", array_like=True, gc=False):
     """The bid is in the journal, at `seq`. Amounts in minor units, as they were right after it."""
 
     seq: int
@@ -120,7 +120,7 @@ class Subscribed(msgspec.Struct, frozen=True, tag="subscribed", array_like=True)
 Answer = BidAccepted | AuctionView | Subscribed | Rejection
 
 
-class Answered(msgspec.Struct, frozen=True, tag="answered", array_like=True):
+class Answered(msgspec.Struct, frozen=True, tag="answered", array_like=True, gc=False):
     """The answer to one request."""
 
     request: int

@@ -17,7 +17,7 @@ from uuid import UUID
 from actors.deadlines import Deadlines
 from actors.directory import slot_of
 from actors.entities import SNAPSHOT_VERSION, Entity, Recorded, bid_accepted
-from actors.journal import EntityRow, Fenced, Journal, Refused, Row, SnapshotRow, Unreadable
+from actors.journal import EntityRow, Fenced, Journal, Private, Refused, Row, SnapshotRow, Unreadable
 from actors.messages import (
     Answer,
     Answered,
@@ -240,7 +240,7 @@ class Shard:
             if isinstance(decided, Rejection):
                 self._reply(outlet, request, decided)
                 return
-            self._record(entity, decided, now, command_id)
+            self._record(entity, decided, now, command_id, _written(command))
         self._reply(outlet, request, entity.view(caller))
 
     def _subscribe(self, entity: Entity, subscribe: Subscribe, request: int, outlet: Outlet) -> None:
@@ -275,8 +275,18 @@ class Shard:
             assert not isinstance(decided, Rejection)
             self._record(entity, decided, now, None)
 
-    def _record(self, entity: Entity, events: Sequence[Event], now: int, command_id: bytes | None) -> Recorded:
-        """Apply events to the live state and put them in the line for the journal; return the first."""
+    def _record(
+        self,
+        entity: Entity,
+        events: Sequence[Event],
+        now: int,
+        command_id: bytes | None,
+        private: Private | None = None,
+    ) -> Recorded:
+        """Apply events to the live state and put them in the line for the journal; return the first.
+
+        The command's id and what was written with it belong to the first event.
+        """
         before = entity.state
         waited_for = None if before is None else (before.status, due_at(before))
         turn = self._turn
@@ -284,12 +294,12 @@ class Shard:
         is_watched = entity.id in self._watchers
         first = None
         for event in events:
-            recorded, row = entity.record(event, now, command_id)
+            recorded, row = entity.record(event, now, command_id, private)
             turn.rows.append(row)
             if is_watched:
                 turn.steps.append(_Happened(entity.id, recorded))
             if first is None:
-                first, command_id = recorded, None
+                first, command_id, private = recorded, None, None
         assert first is not None
         assert entity.state is not None
         if waited_for != (entity.state.status, due_at(entity.state)):
@@ -483,4 +493,11 @@ class _Waiting:
 
 
 def _encode_events(events: Sequence[Recorded]) -> bytes:
-    return b",".join([encode_public(one.seq, one.at, one.event, one.hash) for one in events])
+    return b",".join([encode_public(one.seq, one.at, one.event, one.hash, one.reason) for one in events])
+
+
+def _written(command: OpenAuction | EndAuction | CancelAuction) -> Private | None:
+    """What a person wrote with a command; it is kept beside the event, where it can be erased."""
+    if isinstance(command, OpenAuction) or not command.reason:
+        return None
+    return Private(command.salt, command.reason.encode())

@@ -9,11 +9,12 @@ amount. A hidden reserve lifts the price once the leader's maximum reaches it.
 """
 
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, assert_never
 from uuid import UUID
 
 import msgspec
 
+from engine.chain import seal
 from engine.commands import CancelAuction, Command, EndAuction, ExecuteDue, OpenAuction, PlaceBid, Terms
 from engine.events import (
     BidPlaced,
@@ -153,6 +154,8 @@ def decide(state: Auction | None, command: Command, now: int) -> list[Event] | R
             return _end(state, command, now)
         case CancelAuction():
             return _cancel(state, command, now)
+        case _:
+            assert_never(command)
 
 
 def _place_bid(state: Auction | None, bid: PlaceBid, now: int) -> list[Event] | Rejection:
@@ -291,42 +294,49 @@ def _open(state: Auction | None, command: OpenAuction, now: int) -> list[Event] 
 def _end(state: Auction | None, command: EndAuction, now: int) -> list[Event] | Rejection:
     if state is None:
         return _not_found()
-    makers_turn = state.leader is None or state.terms.soft_close is None
-    by = _authority(state, command, makers_turn=makers_turn)
+    by = _authority(state, command, is_makers_turn=state.leader is None or state.terms.soft_close is None)
     if isinstance(by, Rejection):
         return by
     if state.status != "active":
         return _not_active(state)
-    return [_ended(state, by, now, command.reason)]
+    return _refuse_reason(by, command.reason) or [_ended(state, by, now, _seal_reason(command))]
 
 
 def _cancel(state: Auction | None, command: CancelAuction, now: int) -> list[Event] | Rejection:
     if state is None:
         return _not_found()
-    by = _authority(state, command, makers_turn=state.leader is None)
+    by = _authority(state, command, is_makers_turn=state.leader is None)
     if isinstance(by, Rejection):
         return by
     if state.status not in ("scheduled", "active"):
         return _not_active(state)
-    return [Cancelled(by, command.reason, now)]
+    return _refuse_reason(by, command.reason) or [Cancelled(by, now, _seal_reason(command))]
 
 
-def _authority(state: Auction, command: EndAuction | CancelAuction, *, makers_turn: bool) -> EndedBy | Rejection:
+def _authority(state: Auction, command: EndAuction | CancelAuction, *, is_makers_turn: bool) -> EndedBy | Rejection:
     """In whose name the caller may end or cancel. After the first bid its maker could end it for a friend."""
-    if command.reason is not None and len(command.reason) > REASON_LENGTH_MAX:
-        return Rejection("terms_invalid", f"A reason has at most {REASON_LENGTH_MAX} characters.", field="reason")
-    if command.caller == state.maker and makers_turn:
+    if command.caller == state.maker and is_makers_turn:
         return "maker"
     if command.role == "admin":
-        if not command.reason:
-            return Rejection("reason_required", "An admin who ends or cancels an auction gives a reason.")
         return "admin"
     if command.caller == state.maker:
         return Rejection("forbidden", "Once there is a bid, only an admin may do this.")
     return Rejection("forbidden", "Only the auction's maker or an admin may do this.")
 
 
-def _ended(state: Auction, by: EndedBy, now: int, reason: str | None) -> Ended:
+def _refuse_reason(by: EndedBy, reason: str | None) -> Rejection | None:
+    if by == "admin" and (reason is None or not reason.strip()):
+        return Rejection("reason_required", "An admin who ends or cancels an auction gives a reason.", field="reason")
+    if reason is not None and len(reason) > REASON_LENGTH_MAX:
+        return Rejection("terms_invalid", f"A reason has at most {REASON_LENGTH_MAX} characters.", field="reason")
+    return None
+
+
+def _seal_reason(command: EndAuction | CancelAuction) -> str | None:
+    return seal(command.salt, command.reason) if command.reason else None
+
+
+def _ended(state: Auction, by: EndedBy, now: int, reason_hash: str | None) -> Ended:
     outcome: Outcome
     if state.leader is None:
         outcome = "unsold"
@@ -342,7 +352,7 @@ def _ended(state: Auction, by: EndedBy, now: int, reason: str | None) -> Ended:
         price=state.price if is_sold else None,
         by=by,
         ended_at=now,
-        reason=reason,
+        reason_hash=reason_hash,
     )
 
 
@@ -388,6 +398,8 @@ def evolve(state: Auction | None, event: Event) -> Auction:
             assert state is not None
             state.status = "cancelled"
             state.ended_at = event.ended_at
+        case _:
+            assert_never(event)
     return state
 
 

@@ -4,6 +4,8 @@ from collections import deque
 from typing import Protocol
 from uuid import UUID
 
+from msgspec import structs
+
 from engine import chain
 from engine.auction import Auction, decide, due_at, evolve
 from engine.commands import CancelAuction, Command, EndAuction, ExecuteDue, OpenAuction, PlaceBid, Role
@@ -22,6 +24,15 @@ from engine.events import (
 from engine.rejections import Rejection
 
 _NOBODY = UUID(int=0)
+
+
+class Private(Protocol):
+    """What a person wrote, beside its event."""
+
+    @property
+    def salt(self) -> bytes: ...
+    @property
+    def body(self) -> bytes: ...
 
 
 class StoredEvent(Protocol):
@@ -43,6 +54,8 @@ class StoredEvent(Protocol):
     def hash(self) -> bytes: ...
     @property
     def command_id(self) -> bytes | None: ...
+    @property
+    def private(self) -> Private | None: ...
 
 
 class Audit:
@@ -70,7 +83,7 @@ class Audit:
             event = decode(row.kind, row.version, row.body)
         except ValueError as error:
             return f"event {row.seq} cannot be read: {error}"
-        problem = self._decided_again(row, event) or self._command_counted(row, event)
+        problem = self._decided_again(row, event) or self._command_counted(row, event) or _sealed(row, event)
         if problem is not None:
             return f"event {row.seq} ({row.kind}): {problem}"
         self.state = evolve(self.state, event)
@@ -96,6 +109,9 @@ class Audit:
                 return f"the rules refuse it: {decided.code}"
             self._following.extend(decided)
         expected = self._following.popleft() if self._following else None
+        if isinstance(expected, Ended | Cancelled) and isinstance(event, Ended | Cancelled) and event.reason_hash:
+            # Which reason was given is not for the rules, and it may have been erased.
+            expected = structs.replace(expected, reason_hash=event.reason_hash)
         return None if event == expected else f"the rules say {expected} instead of {event}"
 
     def _command_of(self, event: Event) -> Command | None:
@@ -118,10 +134,14 @@ class Audit:
                 return ExecuteDue(auction)
             case Ended():
                 caller, role = self._caller(event.by)
-                return EndAuction(auction=auction, caller=caller, role=role, request_id=_NOBODY, reason=event.reason)
+                return EndAuction(
+                    auction=auction, caller=caller, role=role, request_id=_NOBODY, reason=_some_reason(event)
+                )
             case Cancelled():
                 caller, role = self._caller(event.by)
-                return CancelAuction(auction=auction, caller=caller, role=role, request_id=_NOBODY, reason=event.reason)
+                return CancelAuction(
+                    auction=auction, caller=caller, role=role, request_id=_NOBODY, reason=_some_reason(event)
+                )
         return None
 
     def _caller(self, by: EndedBy) -> tuple[UUID, Role]:
@@ -137,3 +157,17 @@ class Audit:
                 return "its command was counted before"
             self._commands.add(row.command_id)
         return None
+
+
+def _some_reason(event: Ended | Cancelled) -> str | None:
+    return None if event.reason_hash is None else "given"
+
+
+def _sealed(row: StoredEvent, event: Event) -> str | None:
+    """The text beside an event is the one that was hashed into it."""
+    if row.private is None:
+        return None
+    sealed = event.reason_hash if isinstance(event, Ended | Cancelled) else None
+    if sealed != chain.seal(row.private.salt, row.private.body.decode()):
+        return "the text beside it is not the one that was written"
+    return None

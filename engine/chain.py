@@ -18,3 +18,11 @@ def link(previous: bytes, entity_id: UUID, seq: int, at: int, kind: str, version
     """The hash (32 bytes) of an event whose predecessor has the hash `previous`."""
     header = _HEADER.pack(previous, entity_id.bytes, seq, at, version)
     return sha256(header + kind.encode() + b"\0" + body).digest()
+
+
+def seal(salt: bytes, text: str) -> str:
+    """What an event holds of a text that a person wrote: its salted SHA-256, in hex.
+
+    The text and the salt stand beside the event and can be erased; without the salt the hash gives nothing away.
+    """
+    return sha256(salt + text.encode()).hexdigest()

@@ -50,7 +50,7 @@ class OpenAuction(msgspec.Struct, frozen=True, kw_only=True, tag="open", array_l
     terms: Terms
 
 
-class PlaceBid(msgspec.Struct, frozen=True, kw_only=True, tag="bid", array_like=True):
+class PlaceBid(msgspec.Struct, frozen=True, kw_only=True, tag="bid", array_like=True, gc=False):
     """Bid exactly `amount`, or for the bidder up to `max_amount`: one of the two is given, in minor units."""
 
     auction: UUID
@@ -70,6 +70,8 @@ class EndAuction(msgspec.Struct, frozen=True, kw_only=True, tag="end", array_lik
     role: Role
     request_id: UUID
     reason: str | None = None
+    salt: bytes = b""
+    """Random bytes for the reason's hash (see `engine.chain.seal`); given along, since the rules know no chance."""
 
 
 class CancelAuction(msgspec.Struct, frozen=True, kw_only=True, tag="cancel", array_like=True):
@@ -80,6 +82,8 @@ class CancelAuction(msgspec.Struct, frozen=True, kw_only=True, tag="cancel", arr
     role: Role
     request_id: UUID
     reason: str | None = None
+    salt: bytes = b""
+    """See `EndAuction`."""
 
 
 class ExecuteDue(msgspec.Struct, frozen=True, tag="due", array_like=True):

@@ -33,7 +33,7 @@ class Opened(msgspec.Struct, frozen=True):
     terms: Terms
 
 
-class BidPlaced(msgspec.Struct, frozen=True):
+class BidPlaced(msgspec.Struct, frozen=True, gc=False):
     """A bid that counts. What follows `max_amount` is the auction after it, and after the extension that it caused."""
 
     bidder: UUID
@@ -87,15 +87,17 @@ class Ended(msgspec.Struct, frozen=True):
     price: int | None
     by: EndedBy
     ended_at: int
-    reason: str | None = None
+    reason_hash: str | None = None
+    """Of the reason that was given (`engine.chain.seal`): the text itself can be erased."""
 
 
 class Cancelled(msgspec.Struct, frozen=True):
     """The auction was called off."""
 
     by: EndedBy
-    reason: str | None
     ended_at: int
+    reason_hash: str | None = None
+    """See `Ended`."""
 
 
 Event = Scheduled | Opened | BidPlaced | MaximumRaised | ReserveReached | Extended | Ended | Cancelled

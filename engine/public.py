@@ -1,6 +1,6 @@
 """Events as everybody may see them: paddles instead of people, no maximum, no reserve."""
 
-from typing import Any
+from typing import Any, assert_never
 
 import msgspec
 
@@ -18,12 +18,15 @@ from engine.events import (
 )
 
 
-def encode_public(seq: int, at: int, event: Event, event_hash: bytes) -> bytes:
-    """One event of the live protocol, as a JSON object: `seq`, `at`, `kind` and the kind's fields."""
-    return _ENCODER.encode({"seq": seq, "at": at, **_fields(event, event_hash)})
+def encode_public(seq: int, at: int, event: Event, event_hash: bytes, reason: str | None) -> bytes:
+    """One event of the live protocol, as a JSON object: `seq`, `at`, `kind` and the kind's fields.
+
+    `reason` is the text that was given with the event, None where there was none or it has been erased.
+    """
+    return _ENCODER.encode({"seq": seq, "at": at, **_fields(event, event_hash, reason)})
 
 
-def _fields(event: Event, event_hash: bytes) -> dict[str, Any]:
+def _fields(event: Event, event_hash: bytes, reason: str | None) -> dict[str, Any]:
     match event:
         case BidPlaced():
             return {
@@ -52,11 +55,13 @@ def _fields(event: Event, event_hash: bytes) -> dict[str, Any]:
                 "hash": event_hash.hex(),
             }
         case Cancelled():
-            return {"kind": "cancelled", "by": event.by, "reason": event.reason}
+            return {"kind": "cancelled", "by": event.by, "reason": reason}
         case Scheduled():
             return {"kind": "scheduled", **msgspec.structs.asdict(snapshot(evolve(None, event)))}
         case Opened():
             return {"kind": "opened", **msgspec.structs.asdict(snapshot(evolve(None, event)))}
+        case _:
+            assert_never(event)
 
 
 _ENCODER = msgspec.json.Encoder()

@@ -15,7 +15,7 @@ import msgspec
 import ray
 import uvicorn
 
-from actors.bootstrap import Place, connect, keep_synchronised, set_up_logging
+from actors.bootstrap import Place, connect, keep_synchronised, set_up_logging, settle_memory
 from actors.clock import Clock
 from actors.directory import Directory, Owner
 from actors.link import Link
@@ -144,6 +144,7 @@ async def start_gateway(place: Place, door: Door, name: str) -> RunningGateway:
     await clock.synchronise(pool)
     running = RunningGateway(place, name, pool, clock)
     await running.serve(door)
+    settle_memory()
     return running
 
 

@@ -39,7 +39,7 @@ Verify = Callable[[str, int], Identity]
 """`Verifier.verify`: the identity behind a token at a time, or `TokenInvalid`."""
 
 
-class PendingBid(msgspec.Struct, frozen=True):
+class PendingBid(msgspec.Struct, frozen=True, gc=False):
     """A bid on its way, and what its answer must name."""
 
     ref: wire.Ref
@@ -58,7 +58,7 @@ class PendingSubscription(msgspec.Struct, eq=False):
 # What is to be done
 
 
-class Send(msgspec.Struct, frozen=True):
+class Send(msgspec.Struct, frozen=True, gc=False):
     """Send a text message to the client."""
 
     data: bytes
@@ -75,7 +75,7 @@ class Close(msgspec.Struct, frozen=True):
     reason: str
 
 
-class Submit(msgspec.Struct, frozen=True):
+class Submit(msgspec.Struct, frozen=True, gc=False):
     """Hand a bid to its shard, and the answer to `answered`."""
 
     payload: PlaceBid

@@ -182,10 +182,10 @@ class ClientSocket(WSListener):
         "_router",
         "_session",
         "_sockets",
-        "_transport",
+        "transport",
     )
 
-    _transport: WSTransport
+    transport: WSTransport
 
     def __init__(
         self, router: Router, fanout: Fanout, session: Session, clock: Callable[[], int], sockets: Sockets
@@ -204,11 +204,11 @@ class ClientSocket(WSListener):
     def send(self, frame: bytes) -> None:
         """Write a text message; does nothing once the socket is closed."""
         if len(frame) <= _COPIED_BYTES_MAX:
-            self._transport.send(_TEXT, frame)
+            self.transport.send(_TEXT, frame)
         else:
             # Of a larger message picows leaves the header in a buffer that its next message overwrites, perhaps before
             # the loop has written it out.
-            self._transport.send_reuse_external_bytearray(_TEXT, bytearray(_HEADER_BYTES) + frame, _HEADER_BYTES)
+            self.transport.send_reuse_external_bytearray(_TEXT, bytearray(_HEADER_BYTES) + frame, _HEADER_BYTES)
 
     def fall_behind(self) -> None:
         """Close as too slow: the client comes back and asks for what it missed."""
@@ -225,7 +225,7 @@ class ClientSocket(WSListener):
     # From picows
 
     def on_ws_connected(self, transport: WSTransport) -> None:
-        self._transport = transport
+        self.transport = transport
         # Crossing this calls `pause_writing`, which spares us asking at every message.
         transport.underlying_transport.set_write_buffer_limits(high=SOCKET_WRITE_BYTES_MAX)
         if not self._sockets.add(self):
@@ -299,7 +299,7 @@ class ClientSocket(WSListener):
                 case Unsubscribe():
                     self._fanout.unsubscribe(intent.topic, self)
                 case Ping():
-                    self._transport.send_ping()
+                    self.transport.send_ping()
                 case Close():
                     self._close(intent.code, intent.reason)
 
@@ -318,9 +318,9 @@ class ClientSocket(WSListener):
         self._leave()
         assert len(reason.encode()) <= CLOSE_REASON_BYTES_MAX
         # Cython's enum takes every number, as RFC 6455 wants it; its stub does not say so.
-        self._transport.send_close(cast("WSCloseCode", code), reason.encode())
+        self.transport.send_close(cast("WSCloseCode", code), reason.encode())
         self._cut = asyncio.get_running_loop().call_later(
-            CLOSE_TIMEOUT_MS / SECOND_MS, self._transport.disconnect, False
+            CLOSE_TIMEOUT_MS / SECOND_MS, self.transport.disconnect, False
         )
 
     def _leave(self) -> None:
@@ -370,7 +370,7 @@ class _LiveProtocol(WSProtocol):  # type: ignore[misc]  # Any, as far as the stu
         rest = memoryview(data)
         while rest:
             buffer = self.get_buffer(len(rest))
-            size = min(len(buffer), len(rest))
+            size = len(rest)
             buffer[:size] = rest[:size]
             self.buffer_updated(size)
             rest = rest[size:]

@@ -79,7 +79,7 @@ class Unsubscribe(Struct, frozen=True, tag_field="op", tag="unsubscribe"):
     ref: Ref = None
 
 
-class Bid(Struct, frozen=True, tag_field="op", tag="bid"):
+class Bid(Struct, frozen=True, tag_field="op", tag="bid", gc=False):
     """Bid just `amount`, or up to `max_amount`: exactly one of the two is given, in minor units."""
 
     auction: UUID
@@ -284,7 +284,7 @@ class _State(_Frame, frozen=True, kw_only=True, tag="state"):
     events: Raw
 
 
-class _Ack(_Frame, frozen=True, kw_only=True, tag="ack"):
+class _Ack(_Frame, frozen=True, kw_only=True, tag="ack", gc=False):
     ref: Ref
     seq: int
     hash: str

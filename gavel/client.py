@@ -136,11 +136,17 @@ class LiveClient:
     # Asking
 
     async def _ask_until_taken(self, message: Message) -> Message:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
         for attempt in itertools.count():
             answer = await self._ask(message)
             is_transient = answer.get("is_transient", answer.get("code") in TRANSIENT)
             if answer["type"] not in ("rejected", "error") or not is_transient:
                 return answer
+            if loop.time() - began > self._patience_s:
+                raise CommandError(
+                    f"The server at {self.url} goes on refusing ({answer.get('code')}); try again when it is well."
+                )
             await asyncio.sleep(max(answer.get("retry_after_ms", 0) / 1_000, self._backoff_s(attempt)))
         raise AssertionError("unreachable")
 

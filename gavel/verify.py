@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.entities import SNAPSHOT_VERSION, decode_state
-from actors.journal import Row
+from actors.journal import SELECT_ROWS, Row, row_of
 from engine.auction import due_at
 from engine.audit import Audit
 from gavel.errors import CommandError
@@ -20,9 +20,7 @@ from gavel.postgres import reachable_database
 from gavel.settings import load_settings
 
 _PREFETCH: Final = 1_000
-_ROWS = """
-SELECT entity_id, seq, at, kind, version, body, hash, command_id FROM journal
-WHERE $1::uuid IS NULL OR entity_id = $1 ORDER BY entity_id, seq"""
+_ROWS = SELECT_ROWS + " WHERE $1::uuid IS NULL OR entity_id = $1 ORDER BY entity_id, seq"
 _SNAPSHOT = "SELECT seq, hash, body FROM snapshots WHERE entity_id = $1 AND version = $2"
 _ENTITY = "SELECT status, due_at FROM entities WHERE entity_id = $1"
 _STRAYS = """
@@ -106,7 +104,7 @@ async def verify(connection: asyncpg.Connection, auction: UUID | None) -> Report
 async def _by_entity(connection: asyncpg.Connection, auction: UUID | None) -> AsyncIterator[tuple[UUID, list[Row]]]:
     rows: list[Row] = []
     async for record in connection.cursor(_ROWS, auction, prefetch=_PREFETCH):
-        row = Row(*record)
+        row = row_of(record)
         if rows and rows[0].entity_id != row.entity_id:
             yield rows[0].entity_id, rows
             rows = []

@@ -213,7 +213,8 @@ class Bidder(WSListener):
     def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
         if frame.msg_type != WSMsgType.TEXT:
             if frame.msg_type == WSMsgType.CLOSE:
-                self._close_code = int(frame.get_close_code())
+                # Not `get_close_code`, whose type does not know the codes of applications.
+                self._close_code = int.from_bytes(frame.get_payload_as_bytes()[:2], "big")
                 transport.disconnect()
             return
         now_ns = time.perf_counter_ns()

@@ -5,6 +5,7 @@ Amounts are decimals in these bodies and minor units behind this file; what an a
 
 import asyncio
 from decimal import Decimal
+from secrets import token_bytes
 from typing import Annotated, Literal, NotRequired
 from uuid import UUID, uuid4, uuid5
 
@@ -24,6 +25,7 @@ from engine.limits import (
     PAGE_LIMIT_DEFAULT,
     PAGE_LIMIT_MAX,
     REASON_LENGTH_MAX,
+    SALT_BYTES,
     SECOND_MS,
     TITLE_LENGTH_MAX,
 )
@@ -327,6 +329,7 @@ async def end_auction(
         role=caller.role,
         request_id=uuid4(),
         reason=None if body is None else body.reason,
+        salt=token_bytes(SALT_BYTES),
     )
     return success(request, _show_auction(await _ask(edge, command), caller))
 
@@ -344,6 +347,7 @@ async def cancel_auction(
         role=caller.role,
         request_id=uuid4(),
         reason=None if body is None else body.reason,
+        salt=token_bytes(SALT_BYTES),
     )
     return success(request, _show_auction(await _ask(edge, command), caller))
 

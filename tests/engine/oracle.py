@@ -110,9 +110,9 @@ class Oracle:
         as_maker = caller == self.rules.maker and may_maker
         reasons = [
             ("forbidden", not as_maker and not is_admin),
-            ("reason_required", not as_maker and not reason),
             ("not_started", wanted == "ended" and self.status(now) == "scheduled"),
             ("ended", self.status(now) in ("ended", "cancelled")),
+            ("reason_required", not as_maker and not reason),
         ]
         code = next((code for code, applies in reasons if applies), None)
         if code is None:

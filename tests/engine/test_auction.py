@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from engine.auction import decide, due_at, evolve, minimum, reserve_met, snapshot, terms_problem
+from engine.chain import seal
 from engine.commands import ExecuteDue, OpenAuction, PlaceBid, SoftClose
 from engine.events import BidPlaced, Cancelled, Ended, Extended, MaximumRaised, Opened, ReserveReached, Scheduled
 from engine.increments import EBAY_US, Step, flat
@@ -484,7 +485,7 @@ def test_an_auction_is_opened_once() -> None:
 def test_without_a_bid_the_maker_ends_its_auction() -> None:
     driver = Driver.opened(soft_close=SOFT_CLOSE)
     assert driver.end(MAKER, reason="It broke", now=NOW + 5) == [
-        Ended("unsold", None, None, None, "maker", NOW + 5, "It broke")
+        Ended("unsold", None, None, None, "maker", NOW + 5, seal(b"", "It broke"))
     ]
 
 
@@ -504,9 +505,11 @@ def test_where_soft_close_is_null_the_maker_ends_it_after_a_bid_too() -> None:
 def test_an_admin_ends_an_auction_with_a_reason() -> None:
     driver = Driver.opened(soft_close=SOFT_CLOSE)
     driver.bid(ANNA, up_to=5_000)
-    for missing in (None, ""):
+    for missing in (None, "", "  "):
         assert refused(driver.end(ADMIN, role="admin", reason=missing)).code == "reason_required"
-    assert driver.end(ADMIN, role="admin", reason="A fault") == [Ended("sold", ANNA, 1, 1_000, "admin", NOW, "A fault")]
+    assert driver.end(ADMIN, role="admin", reason="A fault") == [
+        Ended("sold", ANNA, 1, 1_000, "admin", NOW, seal(b"", "A fault"))
+    ]
 
 
 def test_an_admin_that_is_the_maker_acts_as_maker_only_until_the_first_bid() -> None:
@@ -546,7 +549,7 @@ def test_a_reason_is_bounded() -> None:
 @pytest.mark.parametrize("start_time", [None, NOW + 1_000])
 def test_without_a_bid_the_maker_cancels_before_and_after_the_start(start_time: int | None) -> None:
     driver = Driver.opened(start_time=start_time)
-    assert driver.cancel(MAKER) == [Cancelled("maker", None, NOW)]
+    assert driver.cancel(MAKER) == [Cancelled("maker", NOW)]
     assert (driver.auction.status, driver.auction.outcome, driver.auction.ended_at) == ("cancelled", None, NOW)
     assert due_at(driver.auction) is None
 
@@ -557,7 +560,7 @@ def test_once_there_is_a_bid_only_an_admin_cancels_with_a_reason(soft_close: Sof
     driver.bid(ANNA, up_to=5_000)
     assert refused(driver.cancel(MAKER)).code == "forbidden"
     assert refused(driver.cancel(ADMIN, role="admin")).code == "reason_required"
-    assert driver.cancel(ADMIN, role="admin", reason="A fake") == [Cancelled("admin", "A fake", NOW)]
+    assert driver.cancel(ADMIN, role="admin", reason="A fake") == [Cancelled("admin", NOW, seal(b"", "A fake"))]
 
 
 def test_what_was_cancelled_is_over() -> None:

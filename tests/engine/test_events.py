@@ -91,15 +91,15 @@ GOLDEN: list[tuple[str, Event, bytes]] = [
         "ended",
         Ended("sold", ANNA, 2, 5_500, "deadline", NOW),
         b'{"outcome":"sold","winner":"22222222-2222-4222-8222-222222222222","paddle":2,"price":5500,'
-        b'"by":"deadline","ended_at":1700000000000,"reason":null}',
+        b'"by":"deadline","ended_at":1700000000000,"reason_hash":null}',
     ),
     (
         "ended",
-        Ended("reserve_not_met", None, None, None, "admin", NOW, "A fault"),
+        Ended("reserve_not_met", None, None, None, "admin", NOW, "5f"),
         b'{"outcome":"reserve_not_met","winner":null,"paddle":null,"price":null,"by":"admin",'
-        b'"ended_at":1700000000000,"reason":"A fault"}',
+        b'"ended_at":1700000000000,"reason_hash":"5f"}',
     ),
-    ("cancelled", Cancelled("maker", None, NOW), b'{"by":"maker","reason":null,"ended_at":1700000000000}'),
+    ("cancelled", Cancelled("maker", NOW), b'{"by":"maker","ended_at":1700000000000,"reason_hash":null}'),
 ]
 
 

@@ -21,7 +21,8 @@ CURRENCY = st.sampled_from(sorted(CURRENCIES))
         (45, "USD", 4_500),
         (Decimal("0.01"), "USD", 1),
         ("1.000", "USD", 100),
-        ("4.5e1", "USD", 4_500),
+        ("0045", "USD", 4_500),
+        (Decimal("4.5e1"), "USD", 4_500),
         ("500", "JPY", 500),
         ("500.0", "JPY", 500),
         ("1.234", "KWD", 1_234),
@@ -37,7 +38,13 @@ def test_what_is_written_in_the_major_unit_is_kept_in_the_minor(
     assert to_minor(value, currency) == minor
 
 
-@pytest.mark.parametrize("value", ["", "ten", "1,000", "NaN", "sNaN", "Infinity", "-Infinity", Decimal("NaN")])
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("", "ten", "1,000", "1_000", " 45", "45 ", "45\n", "+45", "45.", ".5", "0x2d", "4.5e1", "1e1000000", "４５"),  # noqa: RUF001
+        *("NaN", "sNaN", "Infinity", "-Infinity", Decimal("NaN"), Decimal("sNaN"), Decimal("Infinity")),
+    ],
+)
 def test_what_is_not_a_number_is_refused(value: Decimal | str) -> None:
     with pytest.raises(ValueError, match="is not a number"):
         to_minor(value, "USD")
@@ -45,9 +52,15 @@ def test_what_is_not_a_number_is_refused(value: Decimal | str) -> None:
 
 @pytest.mark.parametrize(
     ("value", "currency", "decimals"),
-    [("0.001", "USD", 2), ("1.5", "JPY", 0), ("1.2345", "KWD", 3), ("1e-30", "USD", 2)],
+    [
+        ("0.001", "USD", 2),
+        ("1.5", "JPY", 0),
+        ("1.2345", "KWD", 3),
+        (Decimal("1e-30"), "USD", 2),
+        (Decimal("1e-1000000"), "USD", 2),
+    ],
 )
-def test_more_decimals_than_the_currency_has_are_refused(value: str, currency: str, decimals: int) -> None:
+def test_more_decimals_than_the_currency_has_are_refused(value: Decimal | str, currency: str, decimals: int) -> None:
     with pytest.raises(ValueError, match=f"has more than {decimals} decimals"):
         to_minor(value, currency)
 
@@ -57,15 +70,11 @@ def test_decimals_beyond_the_precision_of_arithmetic_are_refused_too() -> None:
         to_minor("1.00000000000000000000000000000001", "USD")
 
 
-@pytest.mark.parametrize("value", ["100000000", "-100000000", "1e999", AMOUNT_MAX, 10**30])
-def test_an_amount_over_the_bound_is_refused(value: str | int) -> None:
+@pytest.mark.parametrize(
+    "value", ["100000000", "-100000000", "9" * 5_000, Decimal("1e999"), Decimal("-1e1000000"), AMOUNT_MAX, 10**30]
+)
+def test_an_amount_over_the_bound_is_refused(value: Decimal | str | int) -> None:
     with pytest.raises(ValueError, match=r"is over 99,999,999\.99 USD"):
-        to_minor(value, "USD")
-
-
-@pytest.mark.parametrize("value", ["1e1000000", "-1e1000000"])
-def test_an_amount_beyond_the_exponents_of_arithmetic_is_refused_too(value: str) -> None:
-    with pytest.raises(ValueError, match="is over"):
         to_minor(value, "USD")
 
 

@@ -31,7 +31,7 @@ FIELDS = {
 
 
 def shown(event: Event) -> dict[str, Any]:
-    frame: dict[str, Any] = msgspec.json.decode(encode_public(3, NOW, event, HASH))
+    frame: dict[str, Any] = msgspec.json.decode(encode_public(3, NOW, event, HASH, "A fake"))
     assert (frame.pop("seq"), frame.pop("at")) == (3, NOW)
     return frame
 
@@ -61,18 +61,18 @@ def check_fields(frame: dict[str, Any]) -> None:
             b'{"seq":3,"at":1700000000000,"kind":"extended","end_time":1700000000000,"reason":"outage"}',
         ),
         (
-            Ended("sold", ANNA, 2, 5_500, "admin", NOW, "A fault"),
+            Ended("sold", ANNA, 2, 5_500, "admin", NOW, "5f"),
             b'{"seq":3,"at":1700000000000,"kind":"ended","outcome":"sold","paddle":2,"price":5500,"by":"admin",'
             b'"hash":"000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f"}',
         ),
         (
-            Cancelled("admin", "A fake", NOW),
+            Cancelled("admin", NOW, "5f"),
             b'{"seq":3,"at":1700000000000,"kind":"cancelled","by":"admin","reason":"A fake"}',
         ),
     ],
 )
 def test_each_kind_is_shown_in_the_protocols_words(event: Event, frame: bytes) -> None:
-    assert encode_public(3, NOW, event, HASH) == frame
+    assert encode_public(3, NOW, event, HASH, "A fake") == frame
 
 
 @pytest.mark.parametrize(("start_time", "kind"), [(None, "opened"), (NOW + 1_000, "scheduled")])
@@ -105,7 +105,7 @@ def test_no_maximum_no_reserve_and_nobodys_id_is_shown(role: Role) -> None:
     driver.end(ADMIN, role="admin", reason="A fault") if role == "admin" else driver.execute_due(
         driver.auction.end_time
     )
-    text = b"\n".join(encode_public(1, NOW, event, HASH) for event in driver.events)
+    text = b"\n".join(encode_public(1, NOW, event, HASH, None) for event in driver.events)
     for amount in (b"7654321", b"3456789", b"5678901"):
         assert amount not in text
     for person in PEOPLE:

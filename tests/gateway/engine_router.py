@@ -63,7 +63,7 @@ class EngineRouter:
         events = decide(entity.state, command, self._clock())
         if isinstance(events, Rejection):
             return events
-        recorded = [entity.record(event, self._clock(), None) for event in events]
+        recorded = [entity.record(event, self._clock(), None, None) for event in events]
         if self._keep is not None:
             await self._keep([row for _, row in recorded], entity.row())
         if isinstance(command, PlaceBid):

@@ -110,7 +110,7 @@ def test_an_impossible_option_is_called_by_its_own_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("host", "url"), [("0.0.0.0", "http://127.0.0.1:8700"), ("::", "http://[::1]:8700"), ("h", "http://h:8700")]
+    ("host", "url"), [("0.0.0.0", "http://127.0.0.1:8700"), ("::", "http://[::1]:8700"), ("::1", "http://[::1]:8700")]
 )
 def test_clients_on_this_machine_have_an_address(host: str, url: str) -> None:
     assert load_settings(host=host).url == url

@@ -3,13 +3,12 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 from websockets.asyncio.server import ServerConnection, serve
-from websockets.exceptions import ConnectionClosed
 
 from gavel.client import LiveClient, Message
 from gavel.errors import CommandError
@@ -38,8 +37,8 @@ class Conversation:
             assert message["op"] == op, message
             return message
 
-    async def answer(self, message: Message, kind: str, **fields: Any) -> None:
-        await self.send({"type": kind, "ref": message["ref"], **fields})
+    async def answer(self, question: Message, kind: str, /, **fields: Any) -> None:
+        await self.send({"type": kind, "ref": question["ref"], **fields})
 
     async def send(self, message: Message) -> None:
         await self.socket.send(json.dumps(message))
@@ -68,17 +67,16 @@ class Conversation:
 async def server(*scripts: Script, port: int = 0) -> AsyncIterator[str]:
     """Serve one script a connection, in order; the test fails where a script does, or where one is left over."""
     waiting = list(scripts)
-    failures: list[BaseException] = []
+    failures: list[Exception] = []
 
     async def handle(socket: ServerConnection) -> None:
-        assert waiting, "a connection too many"
-        script = waiting.pop(0)
         try:
-            await script(Conversation(socket))
-        except ConnectionClosed as closed:
-            failures.append(closed)
-        except AssertionError as failure:
+            assert waiting, "a connection too many"
+            await waiting.pop(0)(Conversation(socket))
+        except Exception as failure:  # noqa: BLE001 - raised again below
             failures.append(failure)
+            # The client gives up, so the test need not wait.
+            await socket.close(4500)
 
     async with serve(handle, "127.0.0.1", port) as listening:
         address = listening.sockets[0].getsockname()
@@ -147,7 +145,7 @@ async def test_what_was_not_answered_is_sent_again_with_the_same_bid_id(code: in
     assert seen == [bid_id] * 3
 
 
-async def test_a_gateway_that_drains_is_left_at_once() -> None:
+async def test_a_gateway_that_drains_is_left_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     async def drains(peer: Conversation) -> None:
         await peer.welcome()
         await peer.receive("bid")
@@ -159,7 +157,8 @@ async def test_a_gateway_that_drains_is_left_at_once() -> None:
         await peer.stay()
 
     async with server(drains, accepts) as url, client(url, backoff_max_s=3_600.0) as one:
-        one._backoff_s = _never  # type: ignore[method-assign]  # A pause would be the end of the test.
+        # A pause would be the end of the test.
+        monkeypatch.setattr(one, "_backoff_s", _never)
         await one.bid(AUCTION, uuid4(), amount=500)
 
 
@@ -193,6 +192,17 @@ async def test_a_final_no_is_the_verdict(kind: str, code: str) -> None:
     async with server(script) as url, client(url) as one:
         verdict = await one.bid(AUCTION, uuid4(), amount=500)
     assert (verdict["type"], verdict["code"]) == (kind, code)
+
+
+async def test_a_server_that_refuses_for_too_long_is_a_sentence() -> None:
+    async def script(peer: Conversation) -> None:
+        await peer.welcome()
+        await peer.answer(await peer.receive("bid"), "error", code="busy", message="Later.")
+        await peer.stay()
+
+    async with server(script) as url, client(url, patience_s=0) as one:
+        with pytest.raises(CommandError, match=r"goes on refusing .busy."):
+            await one.bid(AUCTION, uuid4(), amount=500)
 
 
 async def test_a_subscription_goes_on_where_it_was() -> None:
@@ -325,31 +335,33 @@ async def test_a_token_that_is_refused_at_the_greeting_is_a_sentence() -> None:
 
 
 async def test_a_server_that_comes_back_on_its_port_is_found_again() -> None:
+    died = asyncio.Event()
+
     async def dies(peer: Conversation) -> None:
         await peer.welcome()
         await peer.receive("bid")
         peer.socket.transport.abort()
+        died.set()
 
     async def accepts(peer: Conversation) -> None:
         await peer.welcome()
         await peer.accept_bid(2)
         await peer.stay()
 
-    async with asyncio.TaskGroup() as group:
+    async with AsyncExitStack() as stack:
         async with server(dies) as url:
-            one = client(url)
-            await one.__aenter__()
-            verdict = group.create_task(one.bid(AUCTION, uuid4(), amount=500))
-            while one.connections == 0 or one._socket is not None or not one._waiting:
-                await asyncio.sleep(0)
+            # With a pause, so that there is no second connection to the server that is about to go.
+            one = await stack.enter_async_context(client(url, backoff_max_s=0.2))
+            bidding = asyncio.create_task(one.bid(AUCTION, uuid4(), amount=500))
+            await died.wait()
         async with server(accepts, port=int(url.rpartition(":")[2])):
-            assert (await verdict)["type"] == "ack"
-            await one.__aexit__(None, None, None)
+            assert (await bidding)["type"] == "ack"
+            await stack.aclose()
 
 
 async def test_patience_ends_in_a_sentence(unused_tcp_port: int) -> None:
     async with client(f"http://127.0.0.1:{unused_tcp_port}", patience_s=0.05) as one:
-        with pytest.raises(CommandError, match="cannot be reached.*start it with `gavel up`"):
+        with pytest.raises(CommandError, match=r"cannot be reached.*start it with `gavel up`"):
             await one.bid(AUCTION, uuid4(), amount=500)
 
 

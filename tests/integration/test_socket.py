@@ -21,7 +21,7 @@ from actors.messages import Answer, BidAccepted, Payload, Subscribed
 from engine.commands import PlaceBid
 from engine.limits import FRAME_BYTES_MAX, SOCKET_WRITE_BYTES_MAX, SUBSCRIPTIONS_MAX
 from engine.rejections import Rejection
-from gateway.socket import Sink, Sockets, make_protocol
+from gateway.socket import ClientSocket, Sink, Sockets, make_protocol
 from gateway.tokens import Verifier, issue, make_key_pair
 
 PRIVATE, PUBLIC = make_key_pair()
@@ -608,13 +608,21 @@ def test_on_uvloop(test: Callable[[Gateway], Any]) -> None:
 
 
 async def send_large_and_small(gateway: Gateway) -> None:
-    async with gateway.client() as client:
+    async with gateway.client(max_size=None) as client:
         await client.send(f'{{"op":"subscribe","topic":"{TOPIC}"}}')
         await answer(client)
         [sink] = gateway.fanout.sinks[AUCTION]
-        frames = [letter * size for letter in ("a", "b", "c") for size in (300_000, 10, 8_192, 8_193, 20_000)]
-        for frame in frames:
-            sink.send(frame.encode())
+        assert isinstance(sink, ClientSocket)
+        transport = sink.transport.underlying_transport
+        frames = []
+        # So much that the kernel takes no more, and what follows waits in the transport.
+        while transport.get_write_buffer_size() == 0:
+            frames.append("z" * 100_000)
+            sink.send(frames[-1].encode())
+        for letter in "abc":
+            for size in (10, 8_192, 8_193, 20_000):
+                frames.append(letter * size)
+                sink.send(frames[-1].encode())
         async with asyncio.timeout(10):
             assert [await client.recv() for _ in frames] == frames
 

@@ -1,0 +1,1 @@
+"""Tests of the shards: no Ray, no server, no database; clock, journal, outlets and death are stand-ins."""

@@ -1,0 +1,182 @@
+"""A shard without Ray, links or Postgres: what it stands on can be held, broken and looked into."""
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from typing import NoReturn
+from uuid import UUID
+
+from actors.journal import EntityRow, Loaded, Row, SnapshotRow
+from actors.memory import MemoryJournal, MemoryStore
+from actors.messages import Answer, Answered, Payload, Published, Request
+from actors.shard import Shard
+from engine.commands import OpenAuction, PlaceBid
+from engine.limits import SLOTS
+from tests.engine.support import AUCTION, MAKER, NOW, REQUEST, make_terms
+from tests.support.waiting import turns
+
+
+class Died(Exception):
+    """The process would have ended."""
+
+
+class ControlledJournal(MemoryJournal):
+    """A journal whose writes and reads a test may hold, fail and count."""
+
+    def __init__(self, store: MemoryStore, shard: int, epoch: int) -> None:
+        super().__init__(store, shard, epoch)
+        self.appends: list[list[Row]] = []
+        self.checks = 0
+        self.loads: list[UUID] = []
+        self.before_append = asyncio.Event()
+        self.before_append.set()
+        self.after_append = asyncio.Event()
+        self.after_append.set()
+        self.before_load = asyncio.Event()
+        self.before_load.set()
+        self.append_error: Exception | None = None
+        self.check_error: Exception | None = None
+        self.snapshot_error: Exception | None = None
+        self.read_error: Exception | None = None
+        self.load_errors: dict[UUID, Exception] = {}
+
+    def hold(self) -> None:
+        """Let no append begin from now on."""
+        self.before_append.clear()
+
+    def let_go(self) -> None:
+        self.before_append.set()
+        self.after_append.set()
+
+    async def append(self, rows: Sequence[Row], entities: Sequence[EntityRow]) -> None:
+        self.appends.append(list(rows))
+        await self.before_append.wait()
+        if self.append_error is not None:
+            raise self.append_error
+        await super().append(rows, entities)
+        await self.after_append.wait()
+
+    async def check(self) -> None:
+        self.checks += 1
+        if self.check_error is not None:
+            raise self.check_error
+        await super().check()
+
+    async def save_snapshot(self, snapshot: SnapshotRow) -> None:
+        if self.snapshot_error is not None:
+            raise self.snapshot_error
+        await super().save_snapshot(snapshot)
+
+    async def load(self, entity_id: UUID, snapshot_version: int) -> Loaded:
+        self.loads.append(entity_id)
+        await self.before_load.wait()
+        if entity_id in self.load_errors:
+            raise self.load_errors[entity_id]
+        return await super().load(entity_id, snapshot_version)
+
+    async def read(self, entity_id: UUID, seq: int) -> Row | None:
+        if self.read_error is not None:
+            raise self.read_error
+        return await super().read(entity_id, seq)
+
+
+class Recorder:
+    """An outlet that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.is_gone = False
+        self.messages: list[Answered | Published] = []
+        self._came = asyncio.Event()
+
+    def deliver(self, messages: list[Answered | Published]) -> None:
+        self.messages += messages
+        self._came.set()
+
+    @property
+    def answers(self) -> dict[int, Answer]:
+        return {message.request: message.answer for message in self.messages if isinstance(message, Answered)}
+
+    @property
+    def published(self) -> list[Published]:
+        return [message for message in self.messages if isinstance(message, Published)]
+
+    async def answer(self, request: int) -> Answer:
+        while request not in self.answers:
+            self._came.clear()
+            await self._came.wait()
+        return self.answers[request]
+
+    async def events(self, last: int) -> None:
+        """Wait until events up to `last` have been published."""
+        while not self.published or self.published[-1].last < last:
+            self._came.clear()
+            await self._came.wait()
+
+
+class House:
+    """One incarnation of a shard over a store, with a clock that a test moves."""
+
+    def __init__(self, store: MemoryStore | None = None, slots: Sequence[int] = range(SLOTS), now: int = NOW) -> None:
+        self.store = store or MemoryStore()
+        self.now = now
+        self.epoch = self.store.take_over(0)
+        self.journal = ControlledJournal(self.store, 0, self.epoch)
+        self.deaths: list[str] = []
+        self.died = asyncio.Event()
+        self.shard = Shard(slots=slots, clock=lambda: self.now, journal=self.journal, die=self.die)
+        self._requests = 0
+
+    def die(self, reason: str) -> NoReturn:
+        self.deaths.append(reason)
+        self.died.set()
+        raise Died(reason)
+
+    def take(self, outlet: Recorder, *payloads: Payload) -> list[int]:
+        """One turn; returns the numbers of its requests."""
+        requests = [Request(self._requests + index, payload) for index, payload in enumerate(payloads, 1)]
+        self._requests += len(payloads)
+        self.shard.take(requests, outlet)
+        return [request.request for request in requests]
+
+    async def answers(self, *payloads: Payload) -> list[Answer]:
+        """One turn through an outlet of its own, and the answers to it."""
+        outlet = Recorder()
+        return [await outlet.answer(number) for number in self.take(outlet, *payloads)]
+
+    async def ask(self, payload: Payload) -> Answer:
+        return await self.shard.ask(payload)
+
+    async def at_rest(self) -> None:
+        """Wait until all that was decided has been released."""
+        await turns(lambda: self.shard._line == 0)
+
+    def is_awake(self, auction: UUID = AUCTION) -> bool:
+        return auction in self.shard._awake
+
+    async def put_to_sleep(self) -> None:
+        """Put to sleep all that is awake and committed, and let snapshots be saved."""
+        self.shard.sleep_idle(self.now)
+        await turns(lambda: not self.shard._work.is_set())
+        assert not self.is_awake()
+
+    async def kill(self) -> None:
+        """What a `kill -9` leaves: nothing that was not in the store."""
+        if self.shard._timer is not None:
+            self.shard._timer.cancel()
+        tasks = list(self.shard._tasks)
+        for task in tasks:
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def opening(auction: UUID = AUCTION, request_id: UUID = REQUEST, **terms: object) -> OpenAuction:
+    """The command that opens an auction by the usual maker."""
+    return OpenAuction(auction=auction, maker=MAKER, request_id=request_id, terms=make_terms(**terms))
+
+
+def bid(
+    bidder: UUID, amount: int | None = None, *, up_to: int | None = None, bid_id: int = 1, auction: UUID = AUCTION
+) -> PlaceBid:
+    """A bid; `bid_id` is written as a small number."""
+    return PlaceBid(auction=auction, bidder=bidder, bid_id=UUID(int=bid_id), amount=amount, max_amount=up_to)
