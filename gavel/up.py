@@ -59,9 +59,7 @@ def command(demo: bool, **given: object) -> None:
 
 async def _up(settings: Settings, *, is_demo: bool) -> None:
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+    _on_signals(stop)
     async with contextlib.AsyncExitStack() as stack:
         log_dir = stack.enter_context(_data_folder(settings.data_dir))
         port = stack.enter_context(_reserved_port(settings.host, settings.port))
@@ -76,6 +74,8 @@ async def _up(settings: Settings, *, is_demo: bool) -> None:
             log_level=settings.log_level,
         )
         stack.enter_context(_ray(settings))
+        # Ray has put a handler of its own for SIGTERM, which prints a stack and aborts this process 3 s later.
+        _on_signals(stop)
         if not stop.is_set():
             await stack.enter_async_context(_actors(settings, place, port, keys))
             url = settings.model_copy(update={"port": port}).url
@@ -85,6 +85,11 @@ async def _up(settings: Settings, *, is_demo: bool) -> None:
             _say(f"press Ctrl-C to stop; the description of the API is at {url}/docs")
         await stop.wait()
         _say("stopping")
+
+
+def _on_signals(stop: asyncio.Event) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
 
 
 @contextlib.contextmanager
