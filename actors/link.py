@@ -294,20 +294,21 @@ class Link:
             self._queue(waiting)
 
     def _queue(self, waiting: _InFlight) -> None:
-        if not self._batch:
-            self._loop.call_soon(self._flush)
         self._batch.append(waiting)
+        if len(self._batch) == 1:
+            self._loop.call_soon(self._flush)
+        elif len(self._batch) == LINK_BATCH_MAX:
+            # A long turn here need not keep the shard waiting.
+            self._flush()
 
     def _flush(self) -> None:
         """Send what has come since; if the link broke meanwhile it is sent when the next one opens."""
         batch, self._batch = self._batch, []
-        if self._end is None:
+        if self._end is None or not batch:
             return
-        for start in range(0, len(batch), LINK_BATCH_MAX):
-            part = batch[start : start + LINK_BATCH_MAX]
-            for waiting in part:
-                waiting.sends += 1
-            self._end.send(Batch([waiting.request for waiting in part]))
+        for waiting in batch:
+            waiting.sends += 1
+        self._end.send(Batch([waiting.request for waiting in batch]))
 
     async def _keep_open(self) -> None:
         """Look the owner up, link to it, and start over when the link has broken."""
@@ -340,6 +341,10 @@ class Link:
                 await end.settled.wait()
         except (OSError, picows.WSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
             logger.debug("shard %d cannot be reached: %s", self.shard, error)
+            return None
+        except Exception:
+            # Whatever it is: a link that gave up for good would take its shard out of service.
+            logger.exception("linking to shard %d failed", self.shard)
             return None
         return end if end.is_open else None
 

@@ -12,14 +12,13 @@ from typing import Any, Final, NoReturn
 
 import asyncpg
 import msgspec
-import ray
 import uvicorn
 
 from actors.bootstrap import Place, connect, keep_synchronised, set_up_logging, settle_memory
 from actors.clock import Clock
 from actors.directory import Directory, Owner
 from actors.link import Link
-from actors.shard_actor import NAMESPACE, die
+from actors.ray_actor import begin, spawn
 from gateway.api.edge import HEALTHY, Edge
 from gateway.app import create_app
 from gateway.fanout import Fanout
@@ -41,11 +40,6 @@ class Door(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     port: int
     public_key: bytes
-
-
-def actor_name(number: int) -> str:
-    """Under which name Ray knows a gateway."""
-    return f"gateway-{number}"
 
 
 class RunningGateway:
@@ -149,13 +143,12 @@ async def start_gateway(place: Place, door: Door, name: str) -> RunningGateway:
 
 
 class GatewayActor:
-    """Starts its gateway when Ray constructs it, so also after a restart."""
+    """Starts its gateway when Ray constructs it."""
 
     def __init__(self, place: Place, door: Door, number: int) -> None:
         name = actor_name(number)
         set_up_logging(place, name)
-        self._starting = asyncio.get_running_loop().create_task(start_gateway(place, door, f"{name}/{os.getpid()}"))
-        self._starting.add_done_callback(_die_if_failed)
+        self._starting = begin(start_gateway(place, door, f"{name}/{os.getpid()}"))
 
     async def ready(self) -> None:
         """Return when bids can be placed through this gateway."""
@@ -167,25 +160,14 @@ class GatewayActor:
         await running.stop()
 
 
+def actor_name(number: int) -> str:
+    """Under which name Ray knows a gateway."""
+    return f"gateway-{number}"
+
+
 def create(place: Place, door: Door, number: int) -> Any:  # noqa: ANN401 (Ray's handles have no type)
-    """Have Ray start a gateway, and start it again whenever its process ends."""
-    actor: Any = ray.remote(GatewayActor)
-    return actor.options(
-        name=actor_name(number),
-        namespace=NAMESPACE,
-        lifetime="detached",
-        num_cpus=0,
-        resources={RESOURCE: 1},
-        max_concurrency=1_000,
-        max_restarts=-1,
-        max_task_retries=0,
-    ).remote(place, door, number)
-
-
-def _die_if_failed(starting: asyncio.Task[RunningGateway]) -> None:
-    if not starting.cancelled() and starting.exception() is not None:
-        logger.error("the gateway could not start", exc_info=starting.exception())
-        die("the gateway could not start")
+    """Have Ray keep this gateway running."""
+    return spawn(GatewayActor, actor_name(number), RESOURCE, place, door, number)
 
 
 def _raise_file_limit() -> None:

@@ -370,7 +370,7 @@ class _LiveProtocol(WSProtocol):  # type: ignore[misc]  # Any, as far as the stu
         rest = memoryview(data)
         while rest:
             buffer = self.get_buffer(len(rest))
-            size = len(rest)
+            size = min(len(buffer), len(rest))
             buffer[:size] = rest[:size]
             self.buffer_updated(size)
             rest = rest[size:]

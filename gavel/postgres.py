@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+import asyncpg
 import psutil
 
 from gavel.errors import CommandError
@@ -105,10 +106,24 @@ class EmbeddedPostgres:
             pass
 
 
+async def tune(database_url: str) -> None:
+    """Fill no new segment of the log with zeros, which holds up every commit for 60 ms each 16 MiB.
+
+    As safe without: a commit's `fdatasync` also stores where its blocks are (Postgres's manual, `wal_init_zero`).
+    """
+    connection = await asyncpg.connect(database_url)
+    try:
+        await connection.execute("ALTER SYSTEM SET wal_init_zero = off")
+        await connection.execute("SELECT pg_reload_conf()")
+    finally:
+        await connection.close()
+
+
 def _clear_stale_pid_file(folder: Path) -> None:
     """Let a postmaster that is just dying finish, and forget one whose number now belongs to another process.
 
-    After a crash its pid file remains, and the library takes any process with that number for the server.
+    After a crash its pid file remains, and the library takes any process with that number for the server. Postgres
+    itself takes one that is dead but not reaped yet for a server that holds the socket.
     """
     pid_file = folder / "postmaster.pid"
     deadline = time.monotonic() + _SETTLE_S
@@ -121,9 +136,23 @@ def _clear_stale_pid_file(folder: Path) -> None:
             return
         except (psutil.NoSuchProcess, ValueError):
             is_server = False
-        if not is_server:
+        # Without its pid file Postgres would not notice that a dead one's children still write.
+        if not is_server and not _is_worked_in(folder):
+            if len(lines) >= 5:  # noqa: PLR2004 (port and folder of the socket)
+                Path(lines[4], f".s.PGSQL.{lines[3]}.lock").unlink(missing_ok=True)
             pid_file.unlink(missing_ok=True)
             return
-        if len(lines) >= 8 and lines[7].strip() == "ready" and process.children():  # noqa: PLR2004 (its last line)
+        is_ready = len(lines) >= 8 and lines[7].strip() == "ready"  # noqa: PLR2004 (its last line)
+        if is_server and is_ready and process.children():
             return
         time.sleep(_LOOK_S)
+
+
+def _is_worked_in(folder: Path) -> bool:
+    """Whether a process of Postgres, whoever its parent is by now, still works in this folder."""
+    for process in psutil.process_iter():
+        # What we may not look into is not ours.
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.status() != psutil.STATUS_ZOMBIE and process.cwd() == str(folder.resolve()):
+                return True
+    return False

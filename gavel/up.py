@@ -21,11 +21,12 @@ from actors.bootstrap import Place
 from actors.directory import Directory
 from gavel.errors import CommandError
 from gavel.keys import KeyPair, ensure_keys, ensure_secret, secret_path
-from gavel.postgres import EmbeddedPostgres, held
+from gavel.postgres import EmbeddedPostgres, held, tune
 from gavel.settings import Settings, load_settings
 
 _START_S: Final = 60
 _STOP_S: Final = 20
+_RETRY_S: Final = 0.2
 _OBJECT_STORE_BYTES: Final = 200 * 1024 * 1024
 _RAY_ENVIRONMENT: Final = {
     # Workers would run at nice 15 otherwise.
@@ -64,7 +65,9 @@ async def _up(settings: Settings, *, is_demo: bool) -> None:
         log_dir = stack.enter_context(_data_folder(settings.data_dir))
         port = stack.enter_context(_reserved_port(settings.host, settings.port))
         keys = ensure_keys(settings.data_dir)
-        database_url = settings.database_url or stack.enter_context(_embedded_postgres(settings.data_dir))
+        database_url = settings.database_url
+        if database_url is None:
+            database_url = await stack.enter_async_context(_embedded_postgres(settings.data_dir))
         await _prepare(database_url, settings.shards)
         ensure_secret(settings.data_dir, settings.secret)
         place = Place(
@@ -124,12 +127,13 @@ def _reserved_port(host: str, port: int) -> Iterator[int]:
         ) from error
 
 
-@contextlib.contextmanager
-def _embedded_postgres(data_dir: Path) -> Iterator[str]:
+@contextlib.asynccontextmanager
+async def _embedded_postgres(data_dir: Path) -> AsyncIterator[str]:
     _say("starting Postgres")
     postgres = EmbeddedPostgres(data_dir)
     url = postgres.start()
     try:
+        await tune(url)
         yield url
     finally:
         postgres.stop()
@@ -160,6 +164,7 @@ def _ray(settings: Settings) -> Iterator[None]:
     import ray
 
     from actors import shard_actor
+    from actors.ray_actor import NAMESPACE
     from gateway import gateway_actor
 
     folder = Path(tempfile.mkdtemp(prefix="gavel-ray-"))
@@ -173,7 +178,7 @@ def _ray(settings: Settings) -> Iterator[None]:
     with _output_to_errors():
         ray.init(
             address=settings.ray_address or "local",
-            namespace=shard_actor.NAMESPACE,
+            namespace=NAMESPACE,
             log_to_driver=False,
             configure_logging=True,
             logging_level=logging.ERROR,
@@ -199,7 +204,7 @@ async def _actors(settings: Settings, place: Place, port: int, keys: KeyPair) ->
     gateways = [gateway_actor.create(place, door, number) for number in range(settings.gateways)]
     try:
         try:
-            await _all([actor.ready.remote() for actor in shards + gateways], _START_S)
+            await _all([_ready(actor) for actor in shards + gateways], _START_S)
         except TimeoutError:
             raise CommandError(f"The engine did not start within {_START_S} s; {place.log_dir} says why.") from None
         yield
@@ -209,6 +214,19 @@ async def _actors(settings: Settings, place: Place, port: int, keys: KeyPair) ->
             with contextlib.suppress(Exception):
                 await _all([actor.stop.remote() for actor in actors], _STOP_S)
             _kill(actors)
+
+
+async def _ready(actor: Any) -> None:  # noqa: ANN401 (Ray's handles have no type)
+    """Wait until an actor is ready, through restarts: its log says why it did not start at once."""
+    from ray.exceptions import RayActorError
+
+    while True:
+        try:
+            await actor.ready.remote()
+        except RayActorError:
+            await asyncio.sleep(_RETRY_S)
+        else:
+            return
 
 
 def _kill(actors: list[Any]) -> None:

@@ -4,12 +4,16 @@ import os
 import random
 import socket
 import sys
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import NoReturn
 
+import asyncpg
 import hypothesis
 import pytest
 import uvloop
+
+from tests.support.postgres import TABLES, running_postgres
 
 TESTS = Path(__file__).parent
 UNIT_SUITES = frozenset({"actors", "engine", "gateway", "gavel"})
@@ -61,3 +65,18 @@ def seed() -> int:
 def randomness(seed: int) -> random.Random:
     """Give a random number generator whose seed is printed when the test fails."""
     return random.Random(seed)
+
+
+@pytest.fixture(scope="session")
+def database_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Start one embedded Postgres, with the schema, for all tests that ask for it."""
+    with running_postgres(tmp_path_factory.mktemp("postgres")) as url:
+        yield url
+
+
+@pytest.fixture
+async def pool(database_url: str) -> AsyncIterator[asyncpg.Pool]:
+    """Give connections to a database whose tables are empty."""
+    async with asyncpg.create_pool(database_url, min_size=1, max_size=4) as pool:
+        await pool.execute(f"TRUNCATE {TABLES}")
+        yield pool

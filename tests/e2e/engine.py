@@ -1,7 +1,7 @@
 """A whole engine for tests: `gavel up` with its Ray and its Postgres, as processes that can be found, stopped and killed.
 
-`gavel up` begins a session of its own, and so does the postmaster that it starts: whatever belongs to the engine, Ray's
-workers in their own process groups and orphans too, is in one of the two.
+`gavel up` begins a session of its own, in which all of Ray stays, its workers in their own process groups and orphans
+too. Each process of Postgres begins one as well, but works in the folder of its data.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -74,7 +75,7 @@ class Engine:
         self._environment = environment or {}
         self._starts = 0
         self._process: subprocess.Popen[bytes] | None = None
-        self._sessions: set[int] = set()
+        self._session = 0
 
     # Starting, stopping, killing
 
@@ -93,10 +94,9 @@ class Engine:
                 stderr=errors,
                 start_new_session=True,
             )
-        self._sessions.add(self._process.pid)
+        self._session = self._process.pid
         wait_until(self._is_ready, "`gavel up` is not ready", START_S)
         assert self.output_path.read_text() == f"ready {self.url}\n"
-        self._sessions.add(self.postmaster())
         return self
 
     def stop(self, number: signal.Signals = signal.SIGTERM, *, is_to_the_group: bool = False) -> None:
@@ -157,13 +157,9 @@ class Engine:
         for process in psutil.process_iter():
             with suppress(psutil.NoSuchProcess, ProcessLookupError):
                 is_dead = process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-                if not is_dead and os.getsid(process.pid) in self._sessions:
+                if not is_dead and (os.getsid(process.pid) == self._session or self._is_postgres(process)):
                     found.append(process)
         return found
-
-    def postmaster(self) -> int:
-        """The process id of its Postgres, which is the id of that one's session, too."""
-        return int((self.data_dir / "postgres" / "postmaster.pid").read_text().split()[0])
 
     def pid_of(self, name: str) -> int:
         """The process of `shard-0`, `gateway-0`, …: the one that listens where that one takes connections.
@@ -197,8 +193,6 @@ class Engine:
 
         # In a loop of its own: an asynchronous test has one that runs.
         result: list[list[Any]] = []
-        import threading
-
         thread = threading.Thread(target=lambda: result.append(asyncio.run(fetch())))
         thread.start()
         thread.join()
@@ -229,16 +223,23 @@ class Engine:
 
     def gavel(self, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
         """Run a command of the command line to its end."""
-        return subprocess.run(
+        command = subprocess.Popen(
             [sys.executable, "-m", "gavel", *arguments],
             cwd=ROOT,
             env=self.environment(COLUMNS="200", **environment),
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=COMMAND_S,
-            check=False,
         )
+        with command:
+            try:
+                output, errors = command.communicate(timeout=COMMAND_S)
+            except subprocess.TimeoutExpired:
+                # Not killed: it may have started an engine.
+                command.terminate()
+                raise
+        return subprocess.CompletedProcess(command.args, command.returncode, output, errors)
 
     def verify(self) -> str:
         """Run `gavel verify --all`, which must find nothing; return its line."""
@@ -278,6 +279,12 @@ class Engine:
         return found
 
     # The details
+
+    def _is_postgres(self, process: psutil.Process) -> bool:
+        try:
+            return Path(process.cwd()) == self.data_dir / "postgres"
+        except (psutil.AccessDenied, OSError):
+            return False  # Somebody else's
 
     def _is_ready(self) -> bool:
         assert self._process is not None

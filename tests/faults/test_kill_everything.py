@@ -67,7 +67,9 @@ def _lines(path: Path) -> list[str]:
 
 def _check_acks(engine: Engine, acks: list[dict[str, Any]]) -> None:
     """Each acknowledged bid is in the journal exactly once, where its acknowledgement says and with that hash."""
-    rows = engine.fetch("SELECT entity_id, seq, hash, substring(command_id FROM 17) FROM journal WHERE command_id <> ''")
+    rows = engine.fetch(
+        "SELECT entity_id, seq, hash, substring(command_id FROM 17) FROM journal WHERE command_id <> ''"
+    )
     journaled: dict[tuple[str, str], list[tuple[int, str]]] = {}
     for entity_id, seq, event_hash, command in rows:
         journaled.setdefault((str(entity_id), command.hex()), []).append((seq, event_hash.hex()))

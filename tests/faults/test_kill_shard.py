@@ -99,7 +99,9 @@ async def check(engine: Engine, lanes: list[Lane]) -> None:
         for seq, _, _, event_hash, command_id in rows:
             if command_id is not None:
                 commands.setdefault(command_id, []).append((seq, event_hash.hex()))
-        acks = [(bidder.user.bytes + bid_id.bytes, ack) for bidder in lane.bidders for bid_id, ack in bidder.acks.items()]
+        acks = [
+            (bidder.user.bytes + bid_id.bytes, ack) for bidder in lane.bidders for bid_id, ack in bidder.acks.items()
+        ]
         assert len(acks) == lane.bids
         for command_id, ack in acks:
             assert commands[command_id] == [(ack["seq"], ack["hash"])], "an acknowledged bid is there, once"

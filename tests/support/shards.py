@@ -156,7 +156,9 @@ class House:
     async def put_to_sleep(self) -> None:
         """Put to sleep all that is awake and committed, and let snapshots be saved."""
         self.shard.sleep_idle(self.now)
-        await turns(lambda: not self.shard._work.is_set())
+        if self.shard._work.is_set():
+            number = self.shard._turn.number
+            await turns(lambda: self.shard._released >= number)
         assert not self.is_awake()
 
     async def kill(self) -> None:

@@ -1,0 +1,828 @@
+"""A shard's turns: what is decided when, what is released when, and what happens when its journal says no."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from actors import entities, shard
+from actors.directory import slot_of
+from actors.journal import Fenced, Refused, Unreadable
+from actors.memory import MemoryStore
+from actors.messages import (
+    Answer,
+    Answered,
+    AuctionView,
+    BidAccepted,
+    GetAuction,
+    Published,
+    Subscribe,
+    Subscribed,
+    Unsubscribe,
+)
+from engine.commands import CancelAuction, EndAuction
+from engine.limits import RESUME_EVENTS_MAX, SLOTS
+from engine.rejections import Rejection
+from tests.engine.support import ANNA, AUCTION, BEN, CLEO, END, MAKER, NOW, SOFT_CLOSE
+from tests.support.shards import Died, House, Recorder, bid, opening
+from tests.support.waiting import quiet, turns, until
+
+OTHER = UUID("a0000000-0000-4000-8000-000000000001")
+GET = GetAuction(AUCTION, None)
+Start = Callable[..., Awaitable[House]]
+
+
+@pytest.fixture
+async def start() -> AsyncIterator[Start]:
+    houses = []
+
+    async def start(store: MemoryStore | None = None, **options: Any) -> House:
+        house = House(store, **options)
+        houses.append(house)
+        await house.shard.start()
+        return house
+
+    yield start
+    for house in houses:
+        await house.kill()
+
+
+@pytest.fixture
+async def house(start: Start) -> House:
+    """A shard in which one auction is open."""
+    house = await start()
+    assert isinstance(await house.ask(opening()), AuctionView)
+    return house
+
+
+def code(answer: Answer) -> str:
+    assert isinstance(answer, Rejection), answer
+    return answer.code
+
+
+def accepted(answer: Answer) -> BidAccepted:
+    assert isinstance(answer, BidAccepted), answer
+    return answer
+
+
+def viewed(answer: Answer) -> AuctionView:
+    assert isinstance(answer, AuctionView), answer
+    return answer
+
+
+def subscribed(answer: Answer) -> Subscribed:
+    assert isinstance(answer, Subscribed), answer
+    return answer
+
+
+def listed(events: bytes | None) -> list[dict[str, Any]]:
+    assert events is not None
+    found: list[dict[str, Any]] = json.loads(b"[" + events + b"]")
+    return found
+
+
+def seqs(published: list[Published]) -> list[int]:
+    """The numbers of all events that were published, which must be what their frames say."""
+    found = []
+    for frame in published:
+        numbers = [event["seq"] for event in listed(frame.events)]
+        assert (numbers[0], numbers[-1]) == (frame.first, frame.last)
+        found += numbers
+    return found
+
+
+def kinds(store: MemoryStore, auction: UUID = AUCTION) -> list[str]:
+    return [row.kind for _, row in sorted(store.journal[auction].items())]
+
+
+# Deciding and releasing
+
+
+async def test_nothing_leaves_before_its_commit(house: House) -> None:
+    watcher, bidder = Recorder(), Recorder()
+    await watcher.answer(*house.take(watcher, Subscribe(AUCTION, None, None)))
+    watcher.messages.clear()
+    house.journal.hold()
+    house.take(bidder, bid(ANNA, 1_000))
+    await turns(lambda: len(house.journal.appends) == 2)
+    # Taken up while the append is on its way, and decided on a state that is not in the journal yet.
+    low, get, missing, topic = house.take(
+        bidder, bid(BEN, 1_000), GET, GetAuction(UUID(int=0), None), Subscribe(AUCTION, None, None)
+    )
+    await quiet()
+    assert bidder.messages == watcher.messages == []
+    assert len(house.store.journal[AUCTION]) == 1
+
+    house.journal.let_go()
+    await bidder.answer(topic)
+    assert code(bidder.answers[low]) == "bid_too_low"
+    assert viewed(bidder.answers[get]).snapshot.price == 1_000
+    assert code(bidder.answers[missing]) == "not_found"
+    assert seqs(watcher.published) == [2]
+
+
+async def test_what_arrives_meanwhile_is_one_commit_and_decided_at_once(house: House) -> None:
+    outlet = Recorder()
+    house.journal.hold()
+    (first,) = house.take(outlet, bid(ANNA, 1_000))
+    await turns(lambda: len(house.journal.appends) == 2)
+    numbers = []
+    for number in range(10):
+        numbers += house.take(outlet, bid(BEN if number % 2 == 0 else ANNA, 1_500 + 500 * number, bid_id=10 + number))
+        await asyncio.sleep(0)
+    house.journal.let_go()
+    await outlet.answer(numbers[-1])
+    assert [len(rows) for rows in house.journal.appends] == [1, 1, 10]
+    assert [accepted(outlet.answers[number]).seq for number in [first, *numbers]] == list(range(2, 13))
+    assert [message.request for message in outlet.messages if isinstance(message, Answered)] == [first, *numbers]
+
+
+async def test_answers_come_in_the_order_of_the_requests(house: House) -> None:
+    await house.ask(opening(OTHER))
+    outlet = Recorder()
+    numbers = house.take(
+        outlet,
+        bid(ANNA, 1_000),
+        GET,
+        bid(ANNA, 900, auction=OTHER),
+        bid(BEN, 1_200, bid_id=2),
+        bid(BEN, 1_500, bid_id=3),
+        GetAuction(OTHER, ANNA),
+        GetAuction(AUCTION, ANNA),
+    )
+    await outlet.answer(numbers[-1])
+    assert [message.request for message in outlet.messages if isinstance(message, Answered)] == numbers
+    answers = list(outlet.answers.values())
+    assert viewed(answers[1]).snapshot.price == 1_000
+    assert code(answers[3]) == "bid_too_low"
+    last = viewed(answers[6])
+    assert (last.seq, last.snapshot.price) == (3, 1_500)
+    assert last.you is not None
+    assert not last.you.is_leading
+
+
+async def test_a_turn_that_appends_nothing_is_released_after_a_check(house: House) -> None:
+    checks = house.journal.checks
+    assert viewed(await house.ask(GET)).seq == 1
+    assert house.journal.checks == checks + 1
+
+
+async def test_acknowledgements_tell_what_is_in_the_journal(house: House) -> None:
+    answer = accepted(await house.ask(bid(ANNA, up_to=3_000)))
+    row = house.store.journal[AUCTION][2]
+    assert (answer.seq, answer.hash, answer.at) == (row.seq, row.hash, row.at)
+    assert row.command_id == ANNA.bytes + UUID(int=1).bytes
+    assert house.store.entities[AUCTION].status == "active"
+    assert house.store.entities[AUCTION].due_at == END
+
+
+async def test_an_extension_moves_the_stored_deadline_with_its_bid(start: Start) -> None:
+    house = await start()
+    await house.ask(opening(soft_close=SOFT_CLOSE))
+    house.now = END - 10
+    assert accepted(await house.ask(bid(ANNA, 1_000))).end_time == END - 10 + 90_000
+    assert kinds(house.store) == ["opened", "bid_placed", "extended"]
+    assert house.store.entities[AUCTION].due_at == END - 10 + 90_000
+
+
+# Retries
+
+
+async def test_a_retry_gets_the_first_verdict_while_awake_and_while_uncommitted(house: House) -> None:
+    outlet = Recorder()
+    house.journal.hold()
+    (first,) = house.take(outlet, bid(ANNA, 1_000))
+    await turns(lambda: len(house.journal.appends) == 2)
+    same_turn = house.take(outlet, bid(ANNA, 9_999), bid(BEN, 1_500, bid_id=2), bid(BEN, 1_500, bid_id=2))
+    house.journal.let_go()
+    await outlet.answer(same_turn[-1])
+    assert outlet.answers[same_turn[0]] == outlet.answers[first]
+    assert outlet.answers[same_turn[2]] == outlet.answers[same_turn[1]]
+    assert await house.answers(bid(ANNA, 1_000), bid(BEN, 1_500, bid_id=2)) == [
+        outlet.answers[first],
+        outlet.answers[same_turn[1]],
+    ]
+    assert kinds(house.store) == ["opened", "bid_placed", "bid_placed"]
+
+
+async def test_a_retry_gets_the_first_verdict_after_sleep_and_after_restart(house: House, start: Start) -> None:
+    verdicts = await house.answers(bid(ANNA, up_to=3_000), bid(BEN, 1_500, bid_id=2), bid(ANNA, up_to=4_000, bid_id=3))
+    await house.put_to_sleep()
+    retries = [bid(ANNA, 1_000), bid(BEN, 9_000, bid_id=2), bid(ANNA, 1_000, bid_id=3)]
+    assert await house.answers(*retries) == verdicts
+    await house.kill()
+    second = await start(house.store)
+    assert await second.answers(*retries) == verdicts
+    assert kinds(house.store) == ["opened", "bid_placed", "bid_placed", "maximum_raised"]
+
+
+async def test_a_retry_after_the_end_still_gets_its_verdict(house: House) -> None:
+    verdict = await house.ask(bid(ANNA, 1_000))
+    house.now = END
+    assert code(await house.ask(bid(BEN, 5_000, bid_id=2))) == "ended"
+    assert await house.ask(bid(ANNA, 1_000)) == verdict
+
+
+async def test_a_verdict_that_left_the_memory_is_read_from_the_journal(
+    house: House, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(entities, "RESUME_EVENTS_MAX", 3)
+    fresh = await start(house.store)
+    verdict = await fresh.ask(bid(ANNA, up_to=2_000))
+    for number in range(5):
+        accepted(await fresh.ask(bid(ANNA, up_to=3_000 + number, bid_id=10 + number)))
+    assert len(fresh.shard._awake[AUCTION].recent) == 3
+    outlet = Recorder()
+    late, now = fresh.take(outlet, bid(ANNA, up_to=2_000), GET)
+    assert await outlet.answer(late) == verdict
+    assert viewed(await outlet.answer(now)).seq == 7
+    # The journal cannot be read just now: nothing was placed, and nothing is claimed.
+    fresh.journal.read_error = Unreadable("away")
+    assert code(await fresh.ask(bid(ANNA, up_to=2_000))) == "unavailable"
+    fresh.journal.read_error = None
+    assert await fresh.ask(bid(ANNA, up_to=2_000)) == verdict
+    assert fresh.shard._line == 0
+
+
+async def test_a_remembered_verdict_that_the_journal_lost_is_no_acknowledgement(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(entities, "RESUME_EVENTS_MAX", 1)
+    house = await start()
+    await house.answers(opening(), bid(ANNA, 1_000), bid(BEN, 2_000, bid_id=2))
+    del house.store.journal[AUCTION][2]
+    assert code(await house.ask(bid(ANNA, 1_000))) == "internal"
+
+
+async def test_another_bidders_same_bid_id_is_another_bid(house: House) -> None:
+    first, second = await house.answers(bid(ANNA, 1_000, bid_id=7), bid(BEN, 2_000, bid_id=7))
+    assert (accepted(first).paddle, accepted(second).paddle) == (1, 2)
+    assert accepted(second).seq == 3
+    assert (await house.answers(bid(ANNA, 1, bid_id=7), bid(BEN, 1, bid_id=7))) == [first, second]
+
+
+async def test_the_same_bid_id_in_another_auction_is_another_bid(house: House) -> None:
+    await house.ask(opening(OTHER))
+    first, second = await house.answers(bid(ANNA, 1_000), bid(ANNA, 1_200, auction=OTHER))
+    assert (accepted(first).price, accepted(second).price) == (1_000, 1_200)
+
+
+async def test_rejections_are_remembered_too_but_not_for_ever(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard, "VERDICTS_REMEMBERED", 2)
+    rejected = await house.ask(bid(ANNA, 1))
+    assert code(rejected) == "bid_too_low"
+    # The same bid_id, though it would be high enough now; also after sleep.
+    assert await house.ask(bid(ANNA, 1_000)) == rejected
+    await house.put_to_sleep()
+    assert await house.ask(bid(ANNA, 1_000)) == rejected
+    assert code(await house.ask(bid(BEN, 1))) == "bid_too_low"
+    assert code(await house.ask(bid(CLEO, 1))) == "bid_too_low"
+    assert accepted(await house.ask(bid(ANNA, 1_000))).seq == 2
+
+
+async def test_commands_of_makers_are_done_once(house: House) -> None:
+    again = viewed(await house.ask(opening()))
+    assert again.seq == 1
+    assert code(await house.ask(opening(request_id=UUID(int=5)))) == "already_exists"
+    end = EndAuction(auction=AUCTION, caller=MAKER, role="maker", request_id=UUID(int=6))
+    ended = viewed(await house.ask(end))
+    assert (ended.snapshot.status, ended.seq) == ("ended", 2)
+    assert viewed(await house.ask(end)) == ended
+    cancel = CancelAuction(auction=AUCTION, caller=MAKER, role="maker", request_id=UUID(int=7))
+    assert code(await house.ask(cancel)) == "ended"
+    assert code(await house.ask(EndAuction(auction=OTHER, caller=MAKER, role="maker", request_id=UUID(int=8)))) == (
+        "not_found"
+    )
+
+
+async def test_a_bid_under_the_id_of_another_command_does_no_harm(house: House) -> None:
+    """Ids are the clients': a maker's bid may carry the `request_id` under which it opened the auction."""
+    request_id = UUID(int=77)
+    await house.ask(opening(OTHER, request_id))
+    outlet = Recorder()
+    (number,) = house.take(outlet, bid(MAKER, 1_000, bid_id=77, auction=OTHER))
+    assert code(await outlet.answer(number)) == "own_auction"
+    assert house.deaths == []
+
+
+# The journal says no
+
+
+@pytest.mark.parametrize("error", [Fenced(), Refused("UniqueViolationError")])
+async def test_a_refused_append_ends_the_process_and_releases_nothing(house: House, error: Exception) -> None:
+    outlet = Recorder()
+    await outlet.answer(*house.take(outlet, Subscribe(AUCTION, None, None)))
+    outlet.messages.clear()
+    house.journal.append_error = error
+    house.take(outlet, bid(ANNA, 1_000), GET)
+    await house.died.wait()
+    await quiet()
+    assert outlet.messages == []
+    assert kinds(house.store) == ["opened"]
+    assert ("newer incarnation" in house.deaths[0]) == isinstance(error, Fenced)
+
+
+async def test_a_newer_incarnation_fences_the_next_append_and_the_next_check(house: House) -> None:
+    outlet = Recorder()
+    house.store.take_over(0)
+    house.take(outlet, GET)
+    await house.died.wait()
+    await quiet()
+    assert outlet.messages == []
+
+
+async def test_a_check_that_is_refused_ends_the_process(house: House) -> None:
+    outlet = Recorder()
+    house.journal.check_error = Refused("ConnectionDoesNotExistError")
+    house.take(outlet, GET)
+    await house.died.wait()
+    assert outlet.messages == []
+    assert "ConnectionDoesNotExistError" in house.deaths[0]
+
+
+@pytest.mark.parametrize("error", [Fenced(), Refused("away")])
+async def test_without_requests_the_epoch_is_checked_all_the_same(
+    start: Start, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(shard, "ALIVE_MS", 1)
+    house = await start()
+    await until(lambda: house.journal.checks >= 3)
+    house.journal.check_error = error
+    await house.died.wait()
+    assert house.store.journal == {}
+
+
+async def test_a_snapshot_that_is_fenced_ends_the_process(house: House) -> None:
+    house.journal.snapshot_error = Fenced()
+    house.shard.sleep_idle(house.now)
+    await house.died.wait()
+    assert house.store.snapshots == {}
+
+
+async def test_a_writer_that_fails_otherwise_ends_the_process(house: House) -> None:
+    outlet = Recorder()
+    house.journal.append_error = RuntimeError("a bug")
+    house.take(outlet, bid(ANNA, 1_000))
+    await house.died.wait()
+    assert "a bug" in house.deaths[0]
+    assert outlet.messages == []
+
+
+async def test_a_fault_while_deciding_ends_the_process(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    outlet = Recorder()
+
+    def fail(*arguments: object) -> None:
+        raise ZeroDivisionError("a bug in the rules")
+
+    monkeypatch.setattr(shard, "decide", fail)
+    with pytest.raises(Died):
+        house.take(outlet, bid(ANNA, 1_000))
+    assert "a bug in the rules" in house.deaths[0]
+    await quiet()
+    assert outlet.messages == []
+    assert kinds(house.store) == ["opened"]
+
+
+# Waking
+
+
+async def test_what_is_asked_while_an_auction_is_read_waits_in_order(house: House, start: Start) -> None:
+    second = await start(house.store)
+    second.journal.before_load.clear()
+    outlet = Recorder()
+    numbers = second.take(outlet, bid(ANNA, 1_000), bid(BEN, 1_500, bid_id=2))
+    await quiet()
+    numbers += second.take(outlet, GET)
+    second.journal.before_load.set()
+    await outlet.answer(numbers[-1])
+    assert second.journal.loads == [AUCTION]
+    assert [message.request for message in outlet.messages if isinstance(message, Answered)] == numbers
+    assert viewed(outlet.answers[numbers[-1]]).seq == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"), [(Unreadable("away"), "unavailable"), (ValueError("no reader"), "internal")]
+)
+async def test_an_auction_that_cannot_be_read_does_not_affect_others(
+    house: House, start: Start, error: Exception, expected: str
+) -> None:
+    await house.ask(opening(OTHER))
+    second = await start(house.store)
+    second.journal.load_errors[AUCTION] = error
+    answers = await second.answers(GET, GetAuction(OTHER, None), bid(ANNA, 1_000), bid(ANNA, 1_000, auction=OTHER))
+    assert [code(answers[0]), code(answers[2])] == [expected, expected]
+    assert viewed(answers[1]).seq == 1
+    assert accepted(answers[3]).seq == 2
+    assert second.deaths == []
+    del second.journal.load_errors[AUCTION]
+    assert accepted(await second.ask(bid(ANNA, 1_000))).seq == 2
+
+
+async def test_a_journal_with_a_gap_is_not_served(house: House, start: Start) -> None:
+    await house.answers(bid(ANNA, 1_000), bid(BEN, 1_500))
+    del house.store.journal[AUCTION][2]
+    second = await start(house.store)
+    assert code(await second.ask(GET)) == "internal"
+    assert second.deaths == []
+
+
+async def test_what_is_unknown_is_not_kept_in_memory(house: House) -> None:
+    unknown = [UUID(int=number) for number in range(50)]
+    for auction in unknown:
+        answers = await house.answers(
+            GetAuction(auction, None), Subscribe(auction, None, None), bid(ANNA, 1_000, auction=auction)
+        )
+        assert [code(answer) for answer in answers] == ["not_found"] * 3
+    assert not any(house.is_awake(auction) for auction in unknown)
+    assert not house.shard._waking
+    assert not house.shard._watchers
+
+
+async def test_a_slot_that_is_not_its_own_is_refused(start: Start) -> None:
+    house = await start(slots=[slot for slot in range(SLOTS) if slot != slot_of(AUCTION)])
+    answers = await house.answers(opening(), GET, bid(ANNA, 1_000))
+    assert [code(answer) for answer in answers] == ["unavailable"] * 3
+    assert all(isinstance(answer, Rejection) and answer.is_transient for answer in answers)
+    assert house.journal.loads == []
+
+
+async def test_a_full_line_answers_busy_at_once(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard, "SHARD_LINE_MAX", 3)
+    house.journal.hold()
+    outlet = Recorder()
+    bids = [bid(ANNA, up_to=1_000 + number, bid_id=number) for number in range(5)]
+    numbers = house.take(outlet, *bids)
+    assert sorted(outlet.answers) == numbers[3:]
+    for answer in outlet.answers.values():
+        assert isinstance(answer, Rejection)
+        assert (answer.code, answer.is_transient, answer.retry_after_ms) == ("busy", True, 250)
+    house.journal.let_go()
+    await outlet.answer(numbers[2])
+    # A transient refusal is not remembered: the same bid may come again.
+    assert accepted(await house.ask(bids[4])).seq == 5
+
+
+# Deadlines
+
+
+async def test_an_auction_opens_and_ends_by_the_clock(start: Start) -> None:
+    house = await start()
+    outlet = Recorder()
+    # Both deadlines are a moment ahead of the clock, which stands until it is moved.
+    await house.ask(opening(start_time=NOW + 1, end_time=NOW + 2))
+    await outlet.answer(*house.take(outlet, Subscribe(AUCTION, None, None)))
+    assert kinds(house.store) == ["scheduled"]
+    house.now = NOW + 1
+    await outlet.events(2)
+    assert kinds(house.store) == ["scheduled", "opened"]
+    assert house.store.entities[AUCTION].due_at == NOW + 2
+    house.now = NOW + 2
+    await outlet.events(3)
+    assert kinds(house.store) == ["scheduled", "opened", "ended"]
+    stored = house.store.entities[AUCTION]
+    assert (stored.status, stored.due_at) == ("ended", None)
+    assert len(house.shard._deadlines) == 0
+    assert house.shard._timer is None
+
+
+async def test_deadlines_fire_for_what_sleeps_and_after_a_restart(house: House, start: Start) -> None:
+    await house.ask(opening(OTHER, start_time=NOW + 50, end_time=NOW + 90))
+    await house.ask(bid(ANNA, 1_000))
+    await house.kill()
+    # Both moments have passed while nobody was there.
+    second = await start(house.store, now=END)
+    await turns(lambda: kinds(second.store) == ["opened", "bid_placed", "ended"])
+    await turns(lambda: kinds(second.store, OTHER) == ["scheduled", "opened", "ended"])
+    assert [row.at for row in second.store.journal[AUCTION].values()] == [NOW, NOW, END]
+    assert second.deaths == []
+
+
+async def test_a_deadline_of_what_sleeps_is_tried_again_while_it_cannot_be_read(house: House, start: Start) -> None:
+    await house.kill()
+    second = House(house.store, now=END)
+    second.journal.load_errors[AUCTION] = Unreadable("away")
+    await second.shard.start()
+    await until(lambda: second.shard._deadlines.next_at() == END + 1_000 and not second.shard._waking)
+    del second.journal.load_errors[AUCTION]
+    second.now = END + 1_000
+    second.shard._fire()
+    await turns(lambda: kinds(second.store) == ["opened", "ended"])
+    await second.kill()
+
+
+async def test_what_is_due_comes_before_any_command(house: House) -> None:
+    await house.ask(opening(OTHER, start_time=NOW + 5, end_time=END))
+    outlet = Recorder()
+    await outlet.answer(*house.take(outlet, Subscribe(AUCTION, None, None)))
+    house.now = NOW + 5
+    assert accepted(await house.ask(bid(ANNA, 1_000, auction=OTHER))).seq == 3
+    assert kinds(house.store, OTHER) == ["scheduled", "opened", "bid_placed"]
+    house.now = END - 1
+    assert accepted(await house.ask(bid(ANNA, 1_000))).seq == 2
+    house.now = END
+    late = await house.ask(bid(BEN, 9_000))
+    assert code(late) == "ended"
+    await outlet.events(3)
+    assert seqs(outlet.published) == [2, 3]
+    ended = listed(outlet.published[-1].events)[0]
+    assert (ended["kind"], ended["by"], ended["price"], ended["at"]) == ("ended", "deadline", 1_000, END)
+
+
+async def test_what_is_due_comes_before_the_command_that_wakes_an_auction(house: House) -> None:
+    await house.put_to_sleep()
+    house.now = END + 10
+    view = viewed(await house.ask(GET))
+    assert (view.snapshot.status, view.ended_at) == ("ended", END + 10)
+
+
+async def test_the_clock_never_goes_below_the_last_event(house: House, start: Start) -> None:
+    house.now = NOW + 500
+    await house.ask(bid(ANNA, 1_000))
+    house.now = NOW + 100
+    assert accepted(await house.ask(bid(BEN, 2_000))).at == NOW + 500
+    await house.kill()
+    second = await start(house.store, now=NOW - 10_000)
+    assert accepted(await second.ask(bid(CLEO, 3_000))).at == NOW + 500
+    assert [row.at for row in house.store.journal[AUCTION].values()] == [NOW, NOW + 500, NOW + 500, NOW + 500]
+
+
+async def test_a_clock_behind_the_last_event_does_not_open_an_auction_again(house: House, start: Start) -> None:
+    house.now = END
+    assert viewed(await house.ask(GET)).snapshot.status == "ended"
+    await house.kill()
+    second = await start(house.store, now=END - 1)
+    assert code(await second.ask(bid(ANNA, 1_000))) == "ended"
+
+
+# Sleep and snapshots
+
+
+async def test_only_what_is_idle_and_committed_goes_to_sleep_with_a_snapshot(house: House) -> None:
+    await house.ask(opening(OTHER))
+    await house.ask(bid(ANNA, 1_000))
+    house.now = NOW + 10
+    await house.ask(GetAuction(OTHER, None))
+    house.shard.sleep_idle(NOW + 9)
+    assert (house.is_awake(AUCTION), house.is_awake(OTHER)) == (False, True)
+    await turns(lambda: AUCTION in house.store.snapshots)
+    assert house.store.snapshots[AUCTION].seq == 2
+    assert house.store.snapshots[AUCTION].hash == house.store.journal[AUCTION][2].hash
+
+    house.journal.hold()
+    outlet = Recorder()
+    (number,) = house.take(outlet, bid(ANNA, 1_000, auction=OTHER))
+    await turns(lambda: len(house.journal.appends) == 4)
+    house.shard.sleep_idle(NOW + 100)
+    assert house.is_awake(OTHER)
+    house.journal.let_go()
+    await outlet.answer(number)
+    house.shard.sleep_idle(NOW + 100)
+    assert not house.is_awake(OTHER)
+
+
+async def test_sleep_without_news_takes_no_second_snapshot(house: House) -> None:
+    await house.put_to_sleep()
+    saved = house.store.snapshots[AUCTION]
+    await house.ask(GET)
+    await house.put_to_sleep()
+    assert house.store.snapshots[AUCTION] is saved
+
+
+async def test_idle_auctions_are_put_to_sleep_by_themselves(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard, "IDLE_MS", 4)
+    house = await start()
+    await house.ask(opening())
+    house.now = NOW + 4
+    await until(lambda: not house.is_awake())
+    assert viewed(await house.ask(GET)).seq == 1
+
+
+async def test_watchers_of_what_sleeps_get_what_happens_after_it_wakes(house: House) -> None:
+    outlet = Recorder()
+    await outlet.answer(*house.take(outlet, Subscribe(AUCTION, None, None)))
+    await house.put_to_sleep()
+    await house.ask(bid(ANNA, 1_000))
+    await outlet.events(2)
+    assert seqs(outlet.published) == [2]
+
+
+async def test_a_snapshot_every_so_many_events_holds_only_what_is_committed(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard, "EVENTS_PER_SNAPSHOT", 3)
+    house = await start()
+    await house.answers(opening(), bid(ANNA, up_to=1_000))
+    assert house.store.snapshots == {}
+    house.journal.hold()
+    outlet = Recorder()
+    numbers = house.take(outlet, bid(ANNA, up_to=1_001, bid_id=2), bid(ANNA, up_to=1_002, bid_id=3))
+    # Decided while the turn with the snapshot waits for its commit: not in it.
+    await turns(lambda: len(house.journal.appends) == 2)
+    numbers += house.take(outlet, bid(ANNA, up_to=1_003, bid_id=4))
+    await quiet()
+    assert house.store.snapshots == {}
+    house.journal.let_go()
+    await outlet.answer(numbers[-1])
+    saved = house.store.snapshots[AUCTION]
+    assert saved.seq == 3
+    assert entities.decode_state(saved.body).bidders[ANNA].max_amount == 1_001
+    assert saved.hash == house.store.journal[AUCTION][3].hash
+
+
+# Subscriptions
+
+
+async def test_a_subscription_without_since_gets_the_state(house: House) -> None:
+    await house.answers(bid(ANNA, up_to=4_000), bid(BEN, 1_500))
+    guest, anna, ben = await house.answers(*(Subscribe(AUCTION, viewer, None) for viewer in (None, ANNA, BEN)))
+    state = subscribed(guest).snapshot
+    assert (subscribed(guest).seq, subscribed(guest).events, subscribed(guest).you) == (3, None, None)
+    assert state is not None
+    assert (state.price, state.leader, state.bids) == (2_000, 1, 2)
+    assert (subscribed(anna).snapshot, subscribed(ben).snapshot) == (state, state)
+    you = subscribed(anna).you
+    assert you is not None
+    assert (you.paddle, you.max_amount, you.is_leading) == (1, 4_000, True)
+    you = subscribed(ben).you
+    assert you is not None
+    assert (you.paddle, you.max_amount, you.is_leading) == (2, 1_500, False)
+
+
+async def test_a_subscription_with_since_gets_what_was_missed(house: House) -> None:
+    await house.answers(bid(ANNA, up_to=4_000), bid(BEN, 1_500), bid(ANNA, up_to=5_000, bid_id=2))
+    for since in range(5):
+        answer = subscribed(await house.ask(Subscribe(AUCTION, BEN, since)))
+        assert (answer.seq, answer.snapshot) == (4, None)
+        assert [event["seq"] for event in listed(answer.events)] == list(range(since + 1, 5))
+        assert answer.you is not None
+    assert listed(subscribed(await house.ask(Subscribe(AUCTION, None, 3))).events) == [
+        {"seq": 4, "at": NOW, "kind": "private"}
+    ]
+    ahead = subscribed(await house.ask(Subscribe(AUCTION, None, 5)))
+    assert (ahead.events, ahead.snapshot is not None) == (None, True)
+
+
+async def test_too_old_a_since_gets_the_state(house: House) -> None:
+    for number in range(RESUME_EVENTS_MAX):
+        house.take(Recorder(), bid(ANNA, up_to=1_000 + number, bid_id=number))
+    assert viewed(await house.ask(GET)).seq == RESUME_EVENTS_MAX + 1
+    too_old, oldest = await house.answers(Subscribe(AUCTION, None, 0), Subscribe(AUCTION, None, 1))
+    assert (subscribed(too_old).events, subscribed(too_old).snapshot is not None) == (None, True)
+    assert len(listed(subscribed(oldest).events)) == RESUME_EVENTS_MAX
+
+
+async def test_events_stand_right_around_a_subscription_within_one_turn(house: House) -> None:
+    watcher, bidder = Recorder(), Recorder()
+    await watcher.answer(*house.take(watcher, Subscribe(AUCTION, None, None)))
+    watcher.messages.clear()
+    _, topic, _ = house.take(
+        watcher, bid(ANNA, 1_000), Subscribe(AUCTION, None, None), bid(BEN, 2_000, bid_id=2)
+    )
+    house.take(bidder, bid(CLEO, 3_000))
+    await watcher.events(4)
+    shown = []
+    for message in watcher.messages:
+        if isinstance(message, Published):
+            shown += [("event", seq) for seq in seqs([message])]
+        elif message.request == topic:
+            shown.append(("subscribed", subscribed(message.answer).seq))
+    assert shown == [("event", 2), ("subscribed", 2), ("event", 3), ("event", 4)]
+    # Who only bids gets no events.
+    assert bidder.published == []
+
+
+async def test_who_subscribes_while_bids_wait_gets_them_once(house: House) -> None:
+    outlet, late = Recorder(), Recorder()
+    await outlet.answer(*house.take(outlet, Subscribe(AUCTION, None, None)))
+    house.journal.hold()
+    house.take(outlet, bid(ANNA, 1_000))
+    await turns(lambda: len(house.journal.appends) == 2)
+    (topic,) = house.take(late, Subscribe(AUCTION, None, 0))
+    house.take(outlet, bid(BEN, 2_000))
+    house.journal.let_go()
+    await late.events(3)
+    answer = subscribed(late.answers[topic])
+    assert [event["seq"] for event in listed(answer.events)] == [1, 2]
+    # What came before its `subscribed` is covered by it; after it, nothing is missing.
+    after = late.messages[late.messages.index(Answered(topic, answer)) + 1 :]
+    assert seqs([message for message in after if isinstance(message, Published)]) == [3]
+
+
+async def test_a_batch_of_events_is_one_frame(house: House) -> None:
+    watcher = Recorder()
+    await watcher.answer(*house.take(watcher, Subscribe(AUCTION, None, None)))
+    house.take(Recorder(), *(bid(BEN if n % 2 else ANNA, 1_000 + 500 * n, bid_id=n) for n in range(8)))
+    await watcher.events(9)
+    assert [(frame.first, frame.last) for frame in watcher.published] == [(2, 9)]
+
+
+async def test_unsubscribing_and_leaving_end_the_events(house: House) -> None:
+    await house.ask(opening(OTHER))
+    one, two, three = Recorder(), Recorder(), Recorder()
+    for outlet in (one, two, three):
+        numbers = house.take(outlet, Subscribe(AUCTION, None, None), Subscribe(OTHER, None, None))
+        await outlet.answer(numbers[-1])
+    house.take(two, Unsubscribe(AUCTION))
+    house.take(two, Unsubscribe(AUCTION))
+    three.is_gone = True
+    house.shard.leave(three)
+    await house.answers(bid(ANNA, 1_000), bid(ANNA, 1_000, auction=OTHER))
+    assert [frame.topic for frame in one.published] == [AUCTION, OTHER]
+    assert [frame.topic for frame in two.published] == [OTHER]
+    assert three.published == []
+    await house.at_rest()
+    house.shard.leave(one)
+    house.shard.leave(two)
+    assert not house.shard._watchers
+
+
+async def test_who_left_while_its_auction_was_read_is_not_kept(house: House, start: Start) -> None:
+    second = await start(house.store)
+    second.journal.before_load.clear()
+    outlet = Recorder()
+    (number,) = second.take(outlet, Subscribe(AUCTION, None, None))
+    outlet.is_gone = True
+    second.shard.leave(outlet)
+    second.journal.before_load.set()
+    await outlet.answer(number)
+    assert not second.shard._watchers
+
+
+# The end
+
+
+async def test_stop_answers_what_was_taken_and_keeps_snapshots(house: House, start: Start) -> None:
+    await house.ask(opening(OTHER))
+    house.journal.hold()
+    outlet = Recorder()
+    (first,) = house.take(outlet, bid(ANNA, 1_000))
+    await turns(lambda: len(house.journal.appends) == 3)
+    (second,) = house.take(outlet, bid(BEN, 2_000))
+    stopping = asyncio.create_task(house.shard.stop())
+    await quiet()
+    (refused,) = house.take(outlet, bid(CLEO, 9_000))
+    assert code(outlet.answers[refused]) == "unavailable"
+    assert not stopping.done()
+    house.journal.let_go()
+    await stopping
+    assert [accepted(outlet.answers[number]).seq for number in (first, second)] == [2, 3]
+    assert {auction: saved.seq for auction, saved in house.store.snapshots.items()} == {AUCTION: 3, OTHER: 1}
+    assert house.deaths == []
+    assert house.shard._timer is None or house.shard._timer.cancelled()
+
+    later = await start(house.store)
+    assert viewed(await later.ask(GET)).snapshot.price == 2_000
+
+
+async def test_stop_waits_for_what_is_being_read(house: House, start: Start) -> None:
+    second = await start(house.store)
+    second.journal.before_load.clear()
+    outlet = Recorder()
+    (number,) = second.take(outlet, bid(ANNA, 1_000))
+    stopping = asyncio.create_task(second.shard.stop())
+    await quiet()
+    assert not stopping.done()
+    second.journal.before_load.set()
+    await stopping
+    assert accepted(outlet.answers[number]).seq == 2
+
+
+async def test_stop_waits_for_a_verdict_that_is_being_read(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entities, "RESUME_EVENTS_MAX", 1)
+    house = await start()
+    _, verdict, _ = await house.answers(opening(), bid(ANNA, 1_000), bid(BEN, 2_000, bid_id=2))
+    outlet = Recorder()
+    (number,) = house.take(outlet, bid(ANNA, 1_000))
+    await house.shard.stop()
+    assert outlet.answers[number] == verdict
+
+
+async def test_a_shard_with_nothing_to_do_stops(start: Start) -> None:
+    house = await start()
+    await house.shard.stop()
+    assert house.deaths == []
+
+
+async def test_it_does_not_start_on_a_journal_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    house = House()
+
+    async def fail() -> list[tuple[UUID, int]]:
+        raise Unreadable("away")
+
+    monkeypatch.setattr(house.journal, "deadlines", fail)
+    with pytest.raises(Unreadable):
+        await house.shard.start()
+    assert not house.shard._tasks
+
+
+async def test_ask_is_the_same_turn_without_a_link(house: House) -> None:
+    verdict = await house.ask(bid(ANNA, 1_000))
+    outlet = Recorder()
+    assert await outlet.answer(*house.take(outlet, bid(ANNA, 1_000))) == verdict
+    topic = subscribed(await house.ask(Subscribe(AUCTION, ANNA, 0)))
+    assert topic.you is not None
+    # The outlet of an answered question takes what comes after, and does nothing with it.
+    assert accepted(await house.ask(bid(BEN, 2_000))).seq == 3

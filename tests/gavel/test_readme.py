@@ -1,0 +1,55 @@
+"""The README against the program: its tables say what there is, and its Python is Python."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic_core import PydanticUndefined
+
+from gavel.__main__ import COMMANDS
+from gavel.settings import PREFIX, Settings, default_data_dir
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+DATA_DIR_DEFAULT = "root: `/var/lib/gavel`; others: their data folder"
+
+
+def table_under(heading: str) -> list[list[str]]:
+    """The cells of the first table under a heading, without its head."""
+    section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
+
+
+def written_default(name: str, default: Any) -> str:
+    if name == "data_dir":
+        return DATA_DIR_DEFAULT
+    assert default is not PydanticUndefined
+    return "none" if default is None else f"`{default}`"
+
+
+def test_the_settings_are_those_that_there_are() -> None:
+    assert table_under("The settings") == [
+        [f"`{PREFIX}{name.upper()}`", written_default(name, field.default), field.description]
+        for name, field in Settings.model_fields.items()
+    ]
+
+
+def test_the_default_folder_is_the_one_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    assert f"`{default_data_dir()}`" in DATA_DIR_DEFAULT
+
+
+def test_the_commands_are_those_that_there_are() -> None:
+    assert table_under("The commands") == [[f"`gavel {name}`", sentence] for name, sentence in COMMANDS.items()]
+
+
+def test_the_python_is_ten_lines_that_compile() -> None:
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    compile(snippet, "README.md", "exec")
+    assert len([line for line in snippet.splitlines() if line]) == 10
+
+
+@pytest.mark.parametrize("target", re.findall(r"\]\(([^)#:]+)\)", README))
+def test_a_link_leads_to_a_file(target: str) -> None:
+    assert (Path(__file__).parents[2] / target).is_file()

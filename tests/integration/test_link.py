@@ -1,0 +1,723 @@
+"""Real links on the loopback: a shard on a journal in memory at one end, a gateway's `Link` at the other."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from types import TracebackType
+from typing import Any
+from uuid import UUID
+
+import msgspec
+import picows
+import pytest
+
+from actors import link as link_module
+from actors.directory import Owner
+from actors.link import Link, LinkServer, send
+from actors.memory import MemoryStore
+from actors.messages import (
+    VERSION,
+    Answer,
+    AuctionView,
+    Batch,
+    BidAccepted,
+    GatewayFrame,
+    GetAuction,
+    Greeting,
+    Output,
+    Payload,
+    Proof,
+    Published,
+    Request,
+    Subscribe,
+    Subscribed,
+    Unsubscribe,
+    Welcome,
+    decode_gateway_frame,
+    decode_shard_frame,
+    proof,
+)
+from engine.limits import LINK_BATCH_MAX
+from engine.rejections import Rejection
+from tests.engine.support import ANNA, AUCTION, BEN
+from tests.support.shards import House, Recorder, bid, opening
+from tests.support.waiting import until
+
+SECRET = b"a secret of the cluster"
+GET = GetAuction(AUCTION, None)
+NUMBER = 0
+
+
+class Site:
+    """Where a gateway finds its shard, and the shard's incarnations, one after another, over one store."""
+
+    def __init__(self) -> None:
+        self.store = MemoryStore()
+        self.owner: Owner | None = None
+        self.lookups = 0
+        self.houses: list[House] = []
+        self.servers: list[LinkServer] = []
+        self.links: list[Link] = []
+        self.fakes: list[Fake] = []
+        self.published: list[Published] = []
+        self.opened: list[int] = []
+
+    async def find_owner(self, shard: int) -> Owner | None:
+        assert shard == NUMBER
+        self.lookups += 1
+        return self.owner
+
+    async def start_shard(self, *, secret: bytes = SECRET, number: int = NUMBER) -> House:
+        house = House(self.store)
+        await house.shard.start()
+        server = LinkServer(house.shard, number, house.epoch, secret)
+        self.owner = Owner(NUMBER, house.epoch, await server.listen("127.0.0.1"))
+        self.houses.append(house)
+        self.servers.append(server)
+        return house
+
+    async def kill_shard(self) -> None:
+        """The process is gone; its address stands in the directory until the next one takes over."""
+        self.servers[-1].close()
+        await self.houses[-1].kill()
+
+    def link(self, secret: bytes = SECRET) -> Link:
+        link = Link(
+            gateway="gateway",
+            shard=NUMBER,
+            secret=secret,
+            find_owner=self.find_owner,
+            on_published=self.published.append,
+            on_open=self.opened.append,
+        )
+        self.links.append(link)
+        return link
+
+    async def tried(self, times: int = 3) -> None:
+        """Wait until links have looked for their owner so many times more."""
+        wanted = self.lookups + times
+        await until(lambda: self.lookups >= wanted)
+
+    async def __aenter__(self) -> "Site":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for link in self.links:
+            await link.close()
+        for server in self.servers:
+            server.close()
+        for fake in self.fakes:
+            fake.close()
+        await until(lambda: not any(fake.is_connected() for fake in self.fakes))
+        for house in self.houses:
+            await house.kill()
+
+
+@pytest.fixture
+async def site(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Site]:
+    monkeypatch.setattr(link_module, "_RETRY_S", 0.002)
+    async with Site() as site:
+        yield site
+
+
+class Asker:
+    """Submits requests and keeps their answers, in the order in which they came."""
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+        self.answers: list[tuple[int, Answer]] = []
+        self.submitted = 0
+
+    def submit(self, *payloads: Payload) -> None:
+        for payload in payloads:
+            self.link.submit(payload, self._keeper(self.submitted))
+            self.submitted += 1
+
+    def _keeper(self, number: int) -> Callable[[Answer], None]:
+        return lambda answer: self.answers.append((number, answer))
+
+    async def all(self) -> list[Answer]:
+        """Every answer, each of which must have come once and in order."""
+        await until(lambda: len(self.answers) >= self.submitted)
+        assert [number for number, _ in self.answers] == list(range(self.submitted))
+        return [answer for _, answer in self.answers]
+
+
+@pytest.fixture
+async def asker(site: Site) -> Asker:
+    """Somebody who asks over an open link to a shard in which an auction is open."""
+    house = await site.start_shard()
+    await house.ask(opening())
+    link = site.link()
+    await link.opened()
+    return Asker(link)
+
+
+def code(answer: Answer) -> str:
+    assert isinstance(answer, Rejection), answer
+    return answer.code
+
+
+def accepted(answer: Answer) -> BidAccepted:
+    assert isinstance(answer, BidAccepted), answer
+    return answer
+
+
+def bids(store: MemoryStore) -> list[int]:
+    return [row.seq for row in store.journal[AUCTION].values() if row.kind == "bid_placed"]
+
+
+# In peace
+
+
+async def test_answers_and_events_come_in_order(site: Site, asker: Asker) -> None:
+    asker.submit(Subscribe(AUCTION, None, None))
+    asker.submit(*(bid(BEN if n % 2 else ANNA, 1_000 + 500 * n, bid_id=n) for n in range(50)))
+    answers = await asker.all()
+    assert isinstance(answers[0], Subscribed)
+    assert [accepted(answer).seq for answer in answers[1:]] == list(range(2, 52))
+    await until(lambda: site.published[-1].last == 51)
+    assert site.published[0].first == 2
+    for one, next_one in zip(site.published, site.published[1:], strict=False):
+        assert next_one.first == one.last + 1
+    asker.submit(Unsubscribe(AUCTION))
+    asker.submitted -= 1  # It has no answer.
+    before = len(site.published)
+    asker.submit(bid(ANNA, 90_000, bid_id=99), GET)
+    assert isinstance((await asker.all())[-1], AuctionView)
+    assert len(site.published) == before
+
+
+async def test_what_comes_in_one_turn_goes_as_one_batch(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    house = await site.start_shard()
+    taken: list[int] = []
+    take = house.shard.take
+
+    def count(requests: Any, outlet: Any) -> None:
+        taken.append(len(requests))
+        take(requests, outlet)
+
+    monkeypatch.setattr(house.shard, "take", count)
+    link = site.link()
+    await link.opened()
+    asker = Asker(link)
+    asker.submit(*[GET] * (LINK_BATCH_MAX + 10))
+    assert [code(answer) for answer in await asker.all()] == ["not_found"] * (LINK_BATCH_MAX + 10)
+    assert taken == [LINK_BATCH_MAX, 10]
+
+
+async def test_large_frames_back_to_back_arrive_whole(site: Site, asker: Asker) -> None:
+    """picows copies what is up to 8 KiB; what is larger must not be overwritten by the frame behind it."""
+    await site.houses[-1].ask(opening(UUID(int=5), title="ü" * 200))
+    large, small = GetAuction(UUID(int=5), None), GetAuction(UUID(int=6), None)
+    for _ in range(20):
+        asker.submit(*[large] * 300)
+        await asyncio.sleep(0)
+        asker.submit(small)
+        await asyncio.sleep(0)
+    answers = await asker.all()
+    for index, answer in enumerate(answers):
+        if index % 301 == 300:
+            assert code(answer) == "not_found"
+        else:
+            assert isinstance(answer, AuctionView)
+            assert answer.snapshot.title == "ü" * 200
+
+
+async def test_two_gateways_share_a_shard(site: Site, asker: Asker) -> None:
+    other = Asker(site.link())
+    await other.link.opened()
+    other.submit(bid(ANNA, 1_000))
+    await other.all()
+    asker.submit(bid(BEN, 1_000))
+    assert code((await asker.all())[0]) == "bid_too_low"
+    await other.link.close()
+    await until(lambda: len(site.servers[-1].ends) == 1)
+    asker.submit(GET)
+    await asker.all()
+
+
+async def test_a_gateway_that_does_not_read_is_cut_off_and_comes_back(
+    site: Site, asker: Asker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_module, "LINK_WRITE_BYTES_MAX", -1)
+    asker.submit(bid(ANNA, 1_000))
+    await until(lambda: len(site.opened) >= 2)
+    monkeypatch.setattr(link_module, "LINK_WRITE_BYTES_MAX", 1 << 20)
+    assert accepted((await asker.all())[0]).seq == 2
+    assert bids(site.store) == [2]
+
+
+# Who may
+
+
+async def test_a_gateway_without_the_secret_is_refused(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    await site.start_shard()
+    link = site.link(secret=b"another secret")
+    await site.tried()
+    assert not link.is_open
+    assert "does not hold the cluster's secret" in caplog.text
+    assert SECRET.decode() not in caplog.text
+    await until(lambda: len(site.servers[-1].ends) <= 1)
+
+
+async def test_a_shard_without_the_secret_is_refused(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    fake = await Fake.start(site, Greeting(VERSION, NUMBER, 1, bytes(32)), secret=b"another secret")
+    link = site.link()
+    await site.tried()
+    assert not link.is_open
+    assert "shard 0 does not hold the cluster's secret" in caplog.text
+    # The gateway did prove itself, without ever sending the secret.
+    assert all(SECRET not in frame for frame in fake.frames)
+
+
+@pytest.mark.parametrize(
+    ("owner_epoch", "greeting"),
+    [
+        (2, Greeting(VERSION, NUMBER, 1, bytes(32))),
+        (1, Greeting(VERSION, NUMBER + 1, 1, bytes(32))),
+        (1, Greeting(VERSION + 1, NUMBER, 1, bytes(32))),
+    ],
+)
+async def test_another_incarnation_shard_or_version_is_refused(
+    site: Site, owner_epoch: int, greeting: Greeting
+) -> None:
+    fake = await Fake.start(site, greeting, epoch=owner_epoch)
+    link = site.link()
+    await site.tried()
+    assert not link.is_open
+    assert fake.frames == []
+
+
+async def test_the_server_of_another_shard_is_refused(site: Site) -> None:
+    await site.start_shard(number=7)
+    link = site.link()
+    await site.tried()
+    assert not link.is_open
+
+
+async def test_an_older_incarnation_than_the_last_is_not_even_tried(site: Site, asker: Asker) -> None:
+    await site.start_shard()
+    assert site.owner is not None
+    newest = site.owner
+    site.servers[0].close()
+    await until(lambda: len(site.opened) == 2)
+    site.owner = Owner(NUMBER, 1, newest.address)
+    site.servers[1].close()
+    await until(lambda: not asker.link.is_open)
+    await site.tried()
+    assert not site.servers[1].ends
+
+
+async def test_a_newer_incarnation_than_the_directory_says_is_taken(site: Site) -> None:
+    house = await site.start_shard()
+    assert site.owner is not None
+    site.owner = site.owner._replace(epoch=house.epoch - 1)
+    link = site.link()
+    await link.opened()
+    assert link._epoch == house.epoch
+
+
+# What is not of the protocol
+
+
+class Fake(picows.WSListener):
+    """A server that greets, takes any proof, answers with its own, and keeps what it gets."""
+
+    def __init__(self, greeting: Greeting, secret: bytes) -> None:
+        self.greeting = greeting
+        self.secret = secret
+        self.frames: list[bytes] = []
+        self.transports: list[picows.WSTransport] = []
+        self.is_silent = False
+        self.server: asyncio.Server
+
+    @classmethod
+    async def start(
+        cls, site: Site, greeting: Greeting, *, secret: bytes = SECRET, epoch: int = 1, auto_pong: bool = True
+    ) -> "Fake":
+        fake = cls(greeting, secret)
+        fake.server = await picows.ws_create_server(lambda _: fake, "127.0.0.1", 0, enable_auto_pong=auto_pong)
+        site.fakes.append(fake)
+        site.owner = Owner(NUMBER, epoch, f"127.0.0.1:{fake.server.sockets[0].getsockname()[1]}")
+        return fake
+
+    def close(self) -> None:
+        self.server.close()
+        for transport in self.transports:
+            transport.disconnect(graceful=False)
+
+    def is_connected(self) -> bool:
+        return any(not transport.is_disconnected for transport in self.transports)
+
+    def on_ws_connected(self, transport: picows.WSTransport) -> None:
+        self.transports.append(transport)
+        if not self.is_silent:
+            send(transport, self.greeting)
+
+    def on_ws_frame(self, transport: picows.WSTransport, frame: picows.WSFrame) -> None:
+        if frame.msg_type != picows.WSMsgType.BINARY:
+            return
+        self.frames.append(frame.get_payload_as_bytes())
+        message: GatewayFrame = decode_gateway_frame(self.frames[-1])
+        if isinstance(message, Proof):
+            mac = proof(self.secret, "shard", message.nonce, self.greeting.shard, self.greeting.epoch)
+            send(transport, Welcome(mac))
+
+
+class Client(picows.WSListener):
+    """A client of a shard that says what a test wants."""
+
+    def __init__(self) -> None:
+        self.frames: list[Any] = []
+        self.closed = asyncio.Event()
+        self.transport: picows.WSTransport
+
+    @classmethod
+    async def connect(cls, site: Site, **options: Any) -> "Client":
+        assert site.owner is not None
+        client = cls()
+        await picows.ws_connect(lambda _request, _response: client, f"ws://{site.owner.address}/", **options)
+        await until(lambda: bool(client.frames))
+        return client
+
+    def on_ws_connected(self, transport: picows.WSTransport) -> None:
+        self.transport = transport
+
+    def on_ws_frame(self, transport: picows.WSTransport, frame: picows.WSFrame) -> None:
+        if frame.msg_type == picows.WSMsgType.BINARY:
+            self.frames.append(decode_shard_frame(frame.get_payload_as_bytes()))
+
+    def on_ws_disconnected(self, transport: picows.WSTransport) -> None:
+        self.closed.set()
+
+    async def prove(self, secret: bytes = SECRET) -> None:
+        greeting = self.frames[0]
+        mac = proof(secret, "gateway", greeting.nonce, greeting.shard, greeting.epoch)
+        send(self.transport, Proof("client", bytes(32), mac))
+        await until(lambda: len(self.frames) == 2)
+        assert self.frames[1] == Welcome(proof(secret, "shard", bytes(32), greeting.shard, greeting.epoch))
+
+
+BATCH = Batch([Request(1, bid(ANNA, 1_000))])
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        b"",
+        b"\xc1 no msgpack",
+        msgspec.msgpack.encode(["batch", [[1, ["bid", "no uuid"]]]]),
+        msgspec.msgpack.encode(["welcome", b""]),
+        msgspec.msgpack.encode(["proof", "gateway", bytes(32), bytes(32)]),
+        msgspec.msgpack.encode(BATCH, enc_hook=str),
+    ],
+)
+@pytest.mark.parametrize("is_proved", [False, True])
+async def test_garbage_ends_a_link_and_does_nothing_else(
+    site: Site, asker: Asker, frame: bytes, is_proved: bool
+) -> None:
+    client = await Client.connect(site)
+    if is_proved:
+        await client.prove()
+        if frame == msgspec.msgpack.encode(BATCH, enc_hook=str):
+            return  # That is not garbage any more.
+    client.transport.send(picows.WSMsgType.BINARY, frame)
+    await client.closed.wait()
+    asker.submit(GET)
+    view = (await asker.all())[0]
+    assert isinstance(view, AuctionView)
+    assert view.seq == 1
+
+
+async def test_nothing_is_taken_before_the_proof(site: Site, asker: Asker) -> None:
+    client = await Client.connect(site)
+    send(client.transport, BATCH)
+    await client.closed.wait()
+    assert bids(site.store) == []
+
+
+async def test_a_second_proof_is_out_of_turn(site: Site, asker: Asker) -> None:
+    client = await Client.connect(site)
+    await client.prove()
+    send(client.transport, Proof("client", bytes(32), bytes(32)))
+    await client.closed.wait()
+
+
+async def test_a_close_frame_closes(site: Site, asker: Asker) -> None:
+    client = await Client.connect(site)
+    await client.prove()
+    client.transport.send(picows.WSMsgType.TEXT, b"what is no binary frame is passed over")
+    client.transport.send_close(picows.WSCloseCode.OK)
+    await client.closed.wait()
+
+
+async def test_garbage_from_a_shard_ends_the_link_which_opens_again(site: Site) -> None:
+    fake = await Fake.start(site, Greeting(VERSION, NUMBER, 1, bytes(32)))
+    link = site.link()
+    await link.opened()
+    fake.transports[-1].send(picows.WSMsgType.BINARY, b"\xc1")
+    await until(lambda: len(site.opened) == 2)
+    fake.transports[-1].send_close(picows.WSCloseCode.OK)
+    await until(lambda: len(site.opened) == 3)
+
+
+async def test_output_before_the_welcome_is_passed_over(site: Site) -> None:
+    fake = await Fake.start(site, Greeting(VERSION, NUMBER, 1, bytes(32)), secret=b"another secret")
+    greeted = fake.on_ws_connected
+
+    def greet_and_publish(transport: picows.WSTransport) -> None:
+        send(transport, Output([Published(AUCTION, 1, 1, b"{}")]))
+        greeted(transport)
+
+    fake.on_ws_connected = greet_and_publish  # type: ignore[method-assign]
+    site.link()
+    await site.tried()
+    assert fake.frames
+    assert site.published == []
+
+
+# When it breaks
+
+
+async def test_what_was_not_answered_goes_to_the_next_incarnation_and_counts_once(site: Site, asker: Asker) -> None:
+    first = site.houses[-1]
+    first.journal.after_append.clear()
+    asker.submit(bid(ANNA, 1_000), bid(BEN, 2_000, bid_id=2))
+    # Committed, but the answers never leave.
+    await until(lambda: bids(site.store) == [2, 3])
+    asker.submit(bid(ANNA, 3_000, bid_id=3))
+    await until(lambda: first.shard._line == 3)
+    await site.kill_shard()
+    await until(lambda: not asker.link.is_open)
+    asker.submit(bid(BEN, 4_000, bid_id=4), GET)
+    await site.tried()
+    assert asker.answers == []
+
+    await site.start_shard()
+    answers = await asker.all()
+    assert [accepted(answer).seq for answer in answers[:4]] == [2, 3, 4, 5]
+    assert isinstance(answers[4], AuctionView)
+    assert answers[4].snapshot.bids == 4
+    assert bids(site.store) == [2, 3, 4, 5]
+    assert site.opened == [NUMBER, NUMBER]
+
+
+async def test_a_bid_that_waits_while_no_shard_is_there_is_placed_when_one_comes(site: Site) -> None:
+    site.store = MemoryStore()
+    asker = Asker(site.link())
+    asker.submit(opening(), bid(ANNA, 1_000))
+    await site.tried()
+    assert asker.answers == []
+    await site.start_shard()
+    assert accepted((await asker.all())[1]).seq == 2
+
+
+async def test_topics_are_asked_for_before_anything_is_sent_again(site: Site) -> None:
+    house = await site.start_shard()
+    await house.ask(opening())
+    answers: list[Answer] = []
+
+    def resubscribe(shard: int) -> None:
+        link.submit(Subscribe(AUCTION, None, 0), answers.append)
+
+    link = Link(
+        gateway="gateway",
+        shard=NUMBER,
+        secret=SECRET,
+        find_owner=site.find_owner,
+        on_published=site.published.append,
+        on_open=resubscribe,
+    )
+    site.links.append(link)
+    house.journal.hold()
+    await link.opened()
+    link.submit(bid(ANNA, 1_000), answers.append)
+    await until(lambda: len(house.journal.appends) == 2)
+    await site.kill_shard()
+    await site.start_shard()
+    await until(lambda: bool(site.published))
+    assert [type(answer) for answer in answers] == [Subscribed, Subscribed, BidAccepted]
+    assert [(one.first, one.last) for one in site.published] == [(2, 2)]
+
+
+async def test_a_command_in_flight_at_two_deaths_is_not_sent_again(site: Site, asker: Asker) -> None:
+    for number in range(2):
+        house = site.houses[-1]
+        house.journal.hold()
+        if number == 0:
+            asker.submit(bid(ANNA, 1_000))
+        await until(lambda house=house: house.shard._line == 1)  # type: ignore[misc]
+        await site.kill_shard()
+        if number == 0:
+            await until(lambda: not asker.link.is_open)
+            await site.start_shard()
+    await until(lambda: not asker.link.is_open)
+    # Asked while the shard was away: it was at no death yet.
+    asker.submit(bid(BEN, 5_000))
+    third = await site.start_shard()
+    answers = await asker.all()
+    assert code(answers[0]) == "internal"
+    assert accepted(answers[1]).price == 5_000
+    assert third.deaths == []
+
+
+async def test_a_broken_link_to_the_same_incarnation_is_no_death(site: Site, asker: Asker) -> None:
+    house = site.houses[-1]
+    house.journal.hold()
+    asker.submit(bid(ANNA, 1_000))
+    for times in range(1, 5):
+        await until(lambda times=times: house.shard._line == times)  # type: ignore[misc]
+        for end in list(site.servers[-1].ends):
+            end.close()
+    await until(lambda: house.shard._line == 5)
+    house.journal.let_go()
+    assert accepted((await asker.all())[0]).seq == 2
+    assert bids(site.store) == [2]
+
+
+async def test_what_breaks_with_the_link_under_it_is_sent_on_the_next(site: Site, asker: Asker) -> None:
+    """The batch of this turn meets a link that has just broken."""
+    assert asker.link._end is not None
+    asker.submit(bid(ANNA, 1_000))
+    asker.link._end.disconnect()
+    asker.submit(GET)
+    answers = await asker.all()
+    assert accepted(answers[0]).seq == 2
+    assert isinstance(answers[1], AuctionView)
+
+
+async def test_the_directory_may_be_away(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(shard: int) -> Owner | None:
+        site.lookups += 1
+        raise ConnectionRefusedError
+
+    find_owner = site.find_owner
+    monkeypatch.setattr(site, "find_owner", fail)
+    link = site.link()
+    await site.tried()
+    assert not link.is_open
+    link._find_owner = find_owner
+    await site.start_shard()
+    await link.opened()
+
+
+# Bounds
+
+
+async def test_so_much_may_be_in_flight(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "LINK_IN_FLIGHT_MAX", 3)
+    link = site.link()
+    answers: list[Answer] = []
+    for number in range(5):
+        link.submit(bid(ANNA, 1_000, bid_id=number), answers.append)
+    assert [code(answer) for answer in answers] == ["busy", "busy"]
+    assert isinstance(answers[0], Rejection)
+    assert (answers[0].is_transient, answers[0].retry_after_ms) == (True, 250)
+    house = await site.start_shard()
+    await house.ask(opening())
+    await until(lambda: len(answers) == 5)
+    link.submit(GET, answers.append)
+    await until(lambda: len(answers) == 6)
+    assert isinstance(answers[5], AuctionView)
+
+
+async def test_who_waits_too_long_is_told(site: Site, asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
+    house = site.houses[-1]
+    house.journal.hold()
+    house.take(Recorder(), bid(BEN, 1_000))
+    monkeypatch.setattr(link_module, "COMMAND_TIMEOUT_MS", 0)
+    monkeypatch.setattr(link_module, "LINK_PING_MS", 5)
+    asker.submit(bid(ANNA, 2_000), GET, Subscribe(AUCTION, None, None), bid(ANNA, 3_000, bid_id=2))
+    answers = await asker.all()
+    # The bids were sent, so they may count; a question that was not answered did nothing.
+    assert [code(answer) for answer in answers] == ["outcome_unknown", "unavailable", "unavailable", "outcome_unknown"]
+    assert all(isinstance(answer, Rejection) and answer.is_transient for answer in answers)
+    monkeypatch.setattr(link_module, "COMMAND_TIMEOUT_MS", 8_000)
+    house.journal.let_go()
+    # The late answers are nobody's any more; the same bid_id tells what became of it.
+    asker.submit(bid(ANNA, 2_000))
+    await until(lambda: len(asker.answers) == 5)
+    assert accepted(asker.answers[-1][1]).seq == 3
+
+
+async def test_who_waits_too_long_for_a_shard_that_is_away_is_told_so(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_module, "COMMAND_TIMEOUT_MS", 0)
+    monkeypatch.setattr(link_module, "LINK_PING_MS", 5)
+    asker = Asker(site.link())
+    asker.submit(bid(ANNA, 1_000), GET)
+    assert [code(answer) for answer in await asker.all()] == ["unavailable", "unavailable"]
+    await site.start_shard()
+    await asker.link.opened()
+    assert site.houses[-1].journal.loads == []
+
+
+# Silence
+
+
+@pytest.fixture
+def _quick_pulse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "LINK_PING_MS", 2)
+    monkeypatch.setattr(link_module, "LINK_DEAD_MS", 8)
+
+
+@pytest.mark.usefixtures("_quick_pulse")
+async def test_a_silent_gateway_is_noticed(site: Site) -> None:
+    await site.start_shard()
+    client = await Client.connect(site, enable_auto_pong=False)
+    await client.closed.wait()
+    await until(lambda: not site.servers[-1].ends)
+
+
+@pytest.mark.usefixtures("_quick_pulse")
+async def test_a_silent_shard_is_noticed(site: Site) -> None:
+    fake = await Fake.start(site, Greeting(VERSION, NUMBER, 1, bytes(32)), auto_pong=False)
+    site.link()
+    await until(lambda: len(fake.transports) >= 3)
+
+
+async def test_a_peer_that_answers_pings_is_not_silent(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "LINK_PING_MS", 5)
+    monkeypatch.setattr(link_module, "LINK_DEAD_MS", 500)
+    await site.start_shard()
+    link = site.link()
+    await link.opened()
+    pings = 0
+    assert link._end is not None
+    pulse = link._end._pulse
+    heard = pulse.heard
+
+    def count() -> None:
+        nonlocal pings
+        pings += 1
+        heard()
+
+    monkeypatch.setattr(pulse, "heard", count)
+    await until(lambda: pings >= 20)
+    assert link.is_open
+    assert site.opened == [NUMBER]
+
+
+async def test_a_shard_that_never_greets_is_given_up(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "LINK_GREETING_MS", 20)
+    fake = await Fake.start(site, Greeting(VERSION, NUMBER, 1, bytes(32)))
+    fake.is_silent = True
+    link = site.link()
+    await until(lambda: len(fake.transports) >= 3)
+    assert not link.is_open
+    # And its connections are not kept.
+    await until(lambda: fake.transports[0].is_disconnected)
+
+
+async def test_a_link_that_is_closed_stays_closed(site: Site, asker: Asker) -> None:
+    await asker.link.close()
+    await until(lambda: not site.servers[-1].ends)
+    lookups = site.lookups
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(0.02):
+            await until(lambda: site.lookups > lookups)
+    assert site.lookups == lookups
