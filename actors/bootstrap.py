@@ -17,7 +17,7 @@ from actors.directory import Directory
 from actors.journal import PostgresJournal
 from actors.link import LinkServer
 from actors.shard import Shard
-from engine.limits import CLOCK_SYNC_MS, SECOND_MS
+from engine.limits import CLOCK_SYNC_MS, DATABASE_TIMEOUT_MS, SECOND_MS
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,11 @@ async def connect(database_url: str, readers: int = _READERS_MAX) -> asyncpg.Poo
     while True:
         try:
             return await asyncpg.create_pool(
-                database_url, min_size=1, max_size=readers, server_settings=_SERVER_SETTINGS
+                database_url,
+                min_size=1,
+                max_size=readers,
+                command_timeout=DATABASE_TIMEOUT_MS / SECOND_MS,
+                server_settings=_SERVER_SETTINGS,
             )
         except (OSError, asyncpg.CannotConnectNowError, asyncpg.TooManyConnectionsError) as error:
             logger.warning("Postgres cannot be reached: %s", error)
@@ -85,8 +89,8 @@ async def keep_synchronised(clock: Clock, pool: asyncpg.Pool) -> NoReturn:
         await asyncio.sleep(CLOCK_SYNC_MS / SECOND_MS)
         try:
             await clock.synchronise(pool)
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-            logger.warning("the clock could not be set: %s", error)
+        except Exception:
+            logger.exception("the clock could not be set; it goes on by itself")
 
 
 class RunningShard:

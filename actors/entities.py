@@ -4,7 +4,7 @@ An entity turns the events that were decided into rows of the journal, and rows 
 """
 
 from collections import deque
-from typing import Final, NamedTuple
+from typing import Final
 from uuid import UUID
 
 import msgspec
@@ -16,20 +16,32 @@ from engine import chain
 from engine.auction import Auction, due_at, evolve, snapshot
 from engine.events import KINDS, VERSION, BidPlaced, Event, MaximumRaised, decode, encode
 from engine.limits import RESUME_EVENTS_MAX
+from engine.public import encode_public
 
+NO_SNAPSHOT: Final = 0
 SNAPSHOT_VERSION: Final = 1
 """Raise it when the shape of `Auction` changes: older snapshots are then ignored and the journal is replayed whole."""
 
 
-class Recorded(NamedTuple):
-    """An event with its place in the journal."""
+class Recorded:
+    """An event with its place in the journal. `reason` is the text that was given with it, unless it was erased."""
 
-    seq: int
-    at: int
-    event: Event
-    hash: bytes
-    reason: str | None = None
-    """The text that was given with it, unless it has been erased."""
+    __slots__ = ("_public", "at", "event", "hash", "reason", "seq")
+
+    def __init__(self, seq: int, at: int, event: Event, event_hash: bytes, reason: str | None = None) -> None:
+        self.seq = seq
+        self.at = at
+        self.event = event
+        self.hash = event_hash
+        self.reason = reason
+        self._public: bytes | None = None
+
+    @property
+    def public(self) -> bytes:
+        """The event as everybody may see it, as JSON; encoded once for all who ask."""
+        if self._public is None:
+            self._public = encode_public(self.seq, self.at, self.event, self.hash, self.reason)
+        return self._public
 
 
 class Entity:

@@ -92,8 +92,8 @@ class Journal(Protocol):
     async def check(self) -> None:
         """Return if this incarnation still owns the shard (and show that it lives)."""
 
-    async def save_snapshot(self, snapshot: SnapshotRow) -> None:
-        """Keep a committed state; an older one than the stored one is ignored."""
+    async def save_snapshots(self, snapshots: Sequence[SnapshotRow]) -> None:
+        """Keep committed states, of different entities; one that is older than the stored one is ignored."""
 
     async def load(self, entity_id: UUID, snapshot_version: int) -> Loaded:
         """Read an entity, from a snapshot of this version if there is one: empty if it never was."""
@@ -130,12 +130,13 @@ _APPEND_ALL = (
 SELECT count(*) FROM appended"""
 )
 _CHECK = "UPDATE shards SET alive_at = clock_timestamp() WHERE shard_id = $1 AND epoch = $2 RETURNING 1"
-_SAVE_SNAPSHOT = """
+_SAVE_SNAPSHOTS = """
 WITH owner AS (
     UPDATE shards SET alive_at = clock_timestamp() WHERE shard_id = $1 AND epoch = $2 RETURNING 1
 ), saved AS (
     INSERT INTO snapshots (entity_id, seq, hash, last_at, version, body)
-    SELECT $3::uuid, $4::bigint, $5::bytea, $6::bigint, $7::smallint, $8::bytea FROM owner
+    SELECT snapshot.* FROM unnest($3::uuid[], $4::bigint[], $5::bytea[], $6::bigint[], $7::smallint[],
+                                  $8::bytea[]) AS snapshot, owner
     ON CONFLICT (entity_id) DO UPDATE
     SET seq = excluded.seq, hash = excluded.hash, last_at = excluded.last_at, version = excluded.version,
         body = excluded.body
@@ -192,9 +193,9 @@ class PostgresJournal:
         if await self._write(_CHECK) is None:
             raise Fenced
 
-    async def save_snapshot(self, snapshot: SnapshotRow) -> None:
+    async def save_snapshots(self, snapshots: Sequence[SnapshotRow]) -> None:
         """See `Journal`."""
-        if await self._write(_SAVE_SNAPSHOT, *snapshot) != 1:
+        if await self._write(_SAVE_SNAPSHOTS, *zip(*snapshots, strict=True)) != 1:
             raise Fenced
 
     async def load(self, entity_id: UUID, snapshot_version: int) -> Loaded:
@@ -205,7 +206,8 @@ class PostgresJournal:
                 snapshot = None if found is None else SnapshotRow(*found)
                 after = 0 if snapshot is None else max(0, snapshot.seq - RESUME_EVENTS_MAX)
                 rows = await connection.fetch(_LOAD_ROWS, entity_id, after)
-                commands = await connection.fetch(_LOAD_COMMANDS, entity_id)
+                # An id under which nothing happened is cheap, so that asking for such ids costs others little.
+                commands = await connection.fetch(_LOAD_COMMANDS, entity_id) if rows or snapshot else []
         except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
             raise Unreadable(str(error)) from error
         return Loaded(snapshot, [row_of(row) for row in rows], [(command_id, seq) for command_id, seq in commands])

@@ -28,6 +28,7 @@ from actors.messages import (
     Payload,
     Proof,
     Published,
+    Recall,
     Request,
     ShardFrame,
     Subscribe,
@@ -39,34 +40,31 @@ from actors.messages import (
     proof,
 )
 from actors.shard import Shard
+from engine.commands import CancelAuction, EndAuction, OpenAuction, PlaceBid, command_id
 from engine.limits import (
-    BUSY_RETRY_MS,
     COMMAND_TIMEOUT_MS,
     LINK_BATCH_MAX,
     LINK_DEAD_MS,
     LINK_FRAME_BYTES_MAX,
     LINK_GREETING_MS,
     LINK_IN_FLIGHT_MAX,
+    LINK_OUTPUT_BYTES,
     LINK_PING_MS,
     LINK_WRITE_BYTES_MAX,
     SECOND_MS,
 )
-from engine.rejections import Rejection
+from engine.rejections import BUSY, INTERNAL, OUTCOME_UNKNOWN, UNAVAILABLE, Rejection
 
 logger = logging.getLogger(__name__)
 
 _NONCE_BYTES: Final = 32
 _HEADER_BYTES: Final = 14
 """The longest header of a frame (RFC 6455, section 5.2)."""
-_SENDS_MAX: Final = 2
+_DEATHS_MAX: Final = 2
 """A command that was in flight at so many deaths of a shard is not sent again: it may be what kills it."""
+_MESSAGE_BYTES: Final = 256
+"""About the size of an answer without events."""
 _RETRY_S: Final = 0.05
-_BUSY = Rejection("busy", "Too much is going on here just now.", is_transient=True, retry_after_ms=BUSY_RETRY_MS)
-_UNAVAILABLE = Rejection("unavailable", "This auction cannot be reached just now.", is_transient=True)
-_UNKNOWN = Rejection(
-    "outcome_unknown", "This may or may not have been done: send it again with the same id.", is_transient=True
-)
-_POISONOUS = Rejection("internal", "Something went wrong on our side.", is_transient=True)
 
 
 def send(transport: picows.WSTransport, message: GatewayFrame | ShardFrame) -> None:
@@ -152,10 +150,22 @@ class _ShardEnd(picows.WSListener):
         self.is_gone = False
         self._transport: picows.WSTransport
         self._pulse: _Pulse
+        self._greeting_timer: asyncio.TimerHandle
 
     def deliver(self, messages: list[Answered | Published]) -> None:
-        """See `Outlet`: out at once, as one frame; a gateway that does not read is cut off and comes back."""
-        if self.is_gone:
+        """See `Outlet`: out at once; a gateway that does not read is cut off and comes back."""
+        part: list[Answered | Published] = []
+        part_bytes = 0
+        for message in messages:
+            part.append(message)
+            part_bytes += _MESSAGE_BYTES + _events_bytes(message)
+            if part_bytes >= LINK_OUTPUT_BYTES:
+                self._send(part)
+                part, part_bytes = [], 0
+        self._send(part)
+
+    def _send(self, messages: list[Answered | Published]) -> None:
+        if self.is_gone or not messages:
             return
         send(self._transport, Output(messages))
         if self._transport.underlying_transport.get_write_buffer_size() > LINK_WRITE_BYTES_MAX:
@@ -169,6 +179,7 @@ class _ShardEnd(picows.WSListener):
         self._transport = transport
         self._pulse = _Pulse(transport)
         self._server.ends.add(self)
+        self._greeting_timer = asyncio.get_running_loop().call_later(LINK_GREETING_MS / SECOND_MS, self.close)
         greeting = Greeting(VERSION, self._server.number, self._server.epoch, self._nonce)
         send(transport, greeting)
 
@@ -188,6 +199,7 @@ class _ShardEnd(picows.WSListener):
     def on_ws_disconnected(self, transport: picows.WSTransport) -> None:  # noqa: ARG002 (picows's signature)
         self.is_gone = True
         self._pulse.stop()
+        self._greeting_timer.cancel()
         self._server.ends.discard(self)
         self._server.shard.leave(self)
 
@@ -208,6 +220,7 @@ class _ShardEnd(picows.WSListener):
                 self.close()
                 return
             self._is_open = True
+            self._greeting_timer.cancel()
             welcome = Welcome(proof(server.secret, "shard", message.nonce, server.number, server.epoch))
             send(self._transport, welcome)
         else:
@@ -221,14 +234,22 @@ class _ShardEnd(picows.WSListener):
 class _InFlight:
     """A request that waits for its answer."""
 
-    __slots__ = ("expires_at", "on_answer", "request", "sends")
+    __slots__ = ("deaths", "expires_at", "links", "on_answer", "payload", "request")
 
-    def __init__(self, request: Request, on_answer: Callable[[Answer], None], expires_at: float) -> None:
+    def __init__(self, request: int, payload: Payload, on_answer: Callable[[Answer], None], expires_at: float) -> None:
         self.request = request
+        self.payload = payload
         self.on_answer = on_answer
         self.expires_at = expires_at
-        self.sends = 0
-        """Incarnations of the shard that got it."""
+        self.links = 0
+        """On so many links it was sent."""
+        self.deaths = 0
+        """So many incarnations of the shard were replaced while it was in flight."""
+
+    @property
+    def is_command(self) -> bool:
+        """Whether it may change something, so that it matters if it was done."""
+        return not isinstance(self.payload, GetAuction | Subscribe)
 
 
 class Link:
@@ -282,12 +303,13 @@ class Link:
 
     def submit(self, payload: Payload, on_answer: Callable[[Answer], None]) -> None:
         """Send a request with all that comes in this turn of the loop; `on_answer` gets its answer, once."""
-        if len(self._in_flight) >= LINK_IN_FLIGHT_MAX:
-            on_answer(_BUSY)
+        # Who watches is bounded by the sockets that there are, and must not get lost.
+        if len(self._in_flight) >= LINK_IN_FLIGHT_MAX and not isinstance(payload, Subscribe | Unsubscribe):
+            on_answer(BUSY)
             return
         number = self._next_request
         self._next_request += 1
-        waiting = _InFlight(Request(number, payload), on_answer, self._loop.time() + COMMAND_TIMEOUT_MS / SECOND_MS)
+        waiting = _InFlight(number, payload, on_answer, self._loop.time() + COMMAND_TIMEOUT_MS / SECOND_MS)
         if not isinstance(payload, Unsubscribe):
             self._in_flight[number] = waiting
         if self._end is not None:
@@ -307,8 +329,8 @@ class Link:
         if self._end is None or not batch:
             return
         for waiting in batch:
-            waiting.sends += 1
-        self._end.send(Batch([waiting.request for waiting in batch]))
+            waiting.links += 1
+        self._end.send(Batch([Request(waiting.request, waiting.payload) for waiting in batch]))
 
     async def _keep_open(self) -> None:
         """Look the owner up, link to it, and start over when the link has broken."""
@@ -317,7 +339,11 @@ class Link:
             if end is None:
                 await asyncio.sleep(_RETRY_S)
                 continue
-            self._open(end)
+            try:
+                self._open(end)
+            except Exception:
+                logger.exception("the link to shard %d could not be taken up", self.shard)
+                end.disconnect()
             await end.closed.wait()
             self._end = None
             self._opened.clear()
@@ -329,40 +355,49 @@ class Link:
             owner = await self._find_owner(self.shard)
             if owner is None or owner.address is None or owner.epoch < self._epoch:
                 return None
-            end = _GatewayEnd(self._gateway, self.shard, owner.epoch, self._secret, self._receive)
-            await picows.ws_connect(
-                lambda _request, _response: end,
-                f"ws://{owner.address}/",
-                max_frame_size=LINK_FRAME_BYTES_MAX,
-                websocket_handshake_timeout=LINK_GREETING_MS / SECOND_MS,
-                logger_name="link",
-            )
-            async with asyncio.timeout(LINK_GREETING_MS / SECOND_MS):
-                await end.settled.wait()
+            return await self._greet(owner.address, owner.epoch)
         except (OSError, picows.WSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
             logger.debug("shard %d cannot be reached: %s", self.shard, error)
-            return None
         except Exception:
             # Whatever it is: a link that gave up for good would take its shard out of service.
             logger.exception("linking to shard %d failed", self.shard)
-            return None
+        return None
+
+    async def _greet(self, address: str, epoch: int) -> "_GatewayEnd | None":
+        end = _GatewayEnd(self._gateway, self.shard, epoch, self._secret, self._receive)
+        await picows.ws_connect(
+            lambda _request, _response: end,
+            f"ws://{address}/",
+            max_frame_size=LINK_FRAME_BYTES_MAX,
+            websocket_handshake_timeout=LINK_GREETING_MS / SECOND_MS,
+            logger_name="link",
+        )
+        try:
+            async with asyncio.timeout(LINK_GREETING_MS / SECOND_MS):
+                await end.settled.wait()
+        finally:
+            if not end.is_open:
+                end.disconnect()
         return end if end.is_open else None
 
     def _open(self, end: "_GatewayEnd") -> None:
         """A link is open: send again, in order, what was not answered."""
-        is_same_incarnation = end.epoch == self._epoch
+        is_new_incarnation = end.epoch != self._epoch
         self._epoch = end.epoch
         self._end = end
         waiting = list(self._in_flight.values())
         self._batch = []
         self._on_open(self.shard)
         for one in waiting:
-            if is_same_incarnation and one.sends > 0:
-                one.sends -= 1
-            if one.sends >= _SENDS_MAX:
-                self._answer(one.request.request, _POISONOUS)
-            else:
+            if one.links > 0 and is_new_incarnation:
+                one.deaths += 1
+            if one.deaths < _DEATHS_MAX:
                 self._queue(one)
+            elif one.is_command:
+                one.payload = _without_doing_it(one.payload)
+                self._queue(one)
+            else:
+                self._answer(one.request, INTERNAL)
         self._opened.set()
 
     async def _expire(self) -> None:
@@ -374,9 +409,8 @@ class Link:
                 number, waiting = next(iter(self._in_flight.items()))
                 if waiting.expires_at > now:
                     break
-                is_question = isinstance(waiting.request.payload, GetAuction | Subscribe)
                 self._batch = [one for one in self._batch if one is not waiting]
-                self._answer(number, _UNAVAILABLE if is_question or waiting.sends == 0 else _UNKNOWN)
+                self._answer(number, OUTCOME_UNKNOWN if waiting.is_command and waiting.links > 0 else UNAVAILABLE)
 
     def _receive(self, messages: list[Answered | Published]) -> None:
         for message in messages:
@@ -387,8 +421,35 @@ class Link:
 
     def _answer(self, number: int, answer: Answer) -> None:
         waiting = self._in_flight.pop(number, None)
-        if waiting is not None:
+        if waiting is None:
+            return
+        is_resent = waiting.is_command and waiting.links > 1
+        if is_resent and isinstance(answer, Rejection) and answer.is_transient:
+            # This time it was not done; whether it was before, nobody has said.
+            answer = OUTCOME_UNKNOWN
+        try:
             waiting.on_answer(answer)
+        except Exception:
+            # One client's trouble is not the link's.
+            logger.exception("an answer could not be passed on")
+
+
+def _events_bytes(message: Answered | Published) -> int:
+    events = message.events if isinstance(message, Published) else getattr(message.answer, "events", None)
+    return 0 if events is None else len(events)
+
+
+def _without_doing_it(payload: Payload) -> Payload:
+    """Ask only what became of a command that may be what kills the shard."""
+    match payload:
+        case PlaceBid():
+            return Recall(payload.auction, command_id(payload), payload.bidder)
+        case OpenAuction():
+            return Recall(payload.auction, command_id(payload), payload.maker)
+        case EndAuction() | CancelAuction():
+            return Recall(payload.auction, command_id(payload), payload.caller)
+        case _:
+            return payload
 
 
 class _GatewayEnd(picows.WSListener):

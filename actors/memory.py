@@ -62,12 +62,13 @@ class MemoryJournal:
         if self._store.epochs.get(self._shard) != self._epoch:
             raise Fenced
 
-    async def save_snapshot(self, snapshot: SnapshotRow) -> None:
+    async def save_snapshots(self, snapshots: Sequence[SnapshotRow]) -> None:
         """See `Journal`."""
         await self.check()
-        known = self._store.snapshots.get(snapshot.entity_id)
-        if known is None or known.seq < snapshot.seq:
-            self._store.snapshots[snapshot.entity_id] = snapshot
+        for snapshot in snapshots:
+            known = self._store.snapshots.get(snapshot.entity_id)
+            if known is None or known.seq < snapshot.seq:
+                self._store.snapshots[snapshot.entity_id] = snapshot
 
     async def load(self, entity_id: UUID, snapshot_version: int) -> Loaded:
         """See `Journal`."""

@@ -37,13 +37,21 @@ class Subscribe(msgspec.Struct, frozen=True, tag="subscribe", array_like=True):
     since: int | None
 
 
+class Recall(msgspec.Struct, frozen=True, tag="recall", array_like=True):
+    """Ask what became of a command, without doing it: its verdict, or `internal` if it was never taken."""
+
+    auction: UUID
+    command_id: bytes
+    caller: UUID
+
+
 class Unsubscribe(msgspec.Struct, frozen=True, tag="unsubscribe", array_like=True):
     """Stop an auction's events on this link. Has no answer."""
 
     auction: UUID
 
 
-Payload = OpenAuction | PlaceBid | EndAuction | CancelAuction | GetAuction | Subscribe | Unsubscribe
+Payload = OpenAuction | PlaceBid | EndAuction | CancelAuction | GetAuction | Recall | Subscribe | Unsubscribe
 
 
 class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):

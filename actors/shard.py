@@ -11,12 +11,16 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
+from heapq import nsmallest
+from itertools import islice
 from typing import NamedTuple, NoReturn, Protocol
 from uuid import UUID
 
+import msgspec
+
 from actors.deadlines import Deadlines
 from actors.directory import slot_of
-from actors.entities import SNAPSHOT_VERSION, Entity, Recorded, bid_accepted
+from actors.entities import NO_SNAPSHOT, SNAPSHOT_VERSION, Entity, Recorded, bid_accepted
 from actors.journal import EntityRow, Fenced, Journal, Private, Refused, Row, SnapshotRow, Unreadable
 from actors.messages import (
     Answer,
@@ -24,32 +28,39 @@ from actors.messages import (
     GetAuction,
     Payload,
     Published,
+    Recall,
     Request,
     Subscribe,
     Subscribed,
     Unsubscribe,
 )
 from engine.auction import decide, due_at, snapshot
-from engine.commands import CancelAuction, EndAuction, ExecuteDue, OpenAuction, PlaceBid
+from engine.commands import (
+    BID_COMMAND_ID_BYTES,
+    CancelAuction,
+    EndAuction,
+    ExecuteDue,
+    OpenAuction,
+    PlaceBid,
+    command_id,
+)
 from engine.events import Event, decode
 from engine.limits import (
     ALIVE_MS,
-    BUSY_RETRY_MS,
+    AWAKE_MAX,
     EVENTS_PER_SNAPSHOT,
     IDLE_MS,
     SECOND_MS,
     SHARD_LINE_MAX,
+    SNAPSHOTS_AT_ONCE,
     VERDICTS_REMEMBERED,
+    WAKING_MAX,
 )
-from engine.public import encode_public
-from engine.rejections import Rejection
+from engine.rejections import BUSY, INTERNAL, NOT_FOUND, OUTCOME_UNKNOWN, UNAVAILABLE, Rejection
 
 logger = logging.getLogger(__name__)
 
-_BUSY = Rejection("busy", "Too much is going on here just now.", is_transient=True, retry_after_ms=BUSY_RETRY_MS)
-_UNAVAILABLE = Rejection("unavailable", "This auction cannot be reached just now.", is_transient=True)
-_INTERNAL = Rejection("internal", "Something went wrong on our side.", is_transient=True)
-_NOT_FOUND = Rejection("not_found", "There is no such auction.")
+_NEVER_TAKEN = Rejection("internal", "This was not done: something went wrong on our side.")
 
 
 class Outlet(Protocol):
@@ -74,7 +85,7 @@ class _Happened(NamedTuple):
     recorded: Recorded
 
 
-class _Recall(NamedTuple):
+class _Recollection(NamedTuple):
     """A bid was asked again whose verdict is no longer in memory: read it, once all before it is committed."""
 
     outlet: Outlet
@@ -91,8 +102,16 @@ class _Turn:
         self.rows: list[Row] = []
         self.entities: dict[UUID, EntityRow] = {}
         self.snapshots: list[SnapshotRow] = []
-        self.steps: list[_Reply | _Happened | _Recall] = []
+        self.steps: list[_Reply | _Happened | _Recollection] = []
         self.requests = 0
+
+
+class _Waiting(NamedTuple):
+    """A request for an auction that is being read, with the moment at which it was taken up."""
+
+    outlet: Outlet
+    request: Request
+    taken_at: int
 
 
 class Shard:
@@ -106,13 +125,15 @@ class Shard:
         self._journal = journal
         self._die = die
         self._awake: dict[UUID, Entity] = {}
-        self._waking: dict[UUID, list[tuple[Outlet, Request] | None]] = {}
-        """Requests for entities that are being read; None stands for a deadline."""
+        self._waking: dict[UUID, list[_Waiting | None]] = {}
+        """Requests for auctions that are being read, in order; None stands for a deadline."""
         self._rejected: OrderedDict[tuple[UUID, bytes], Rejection] = OrderedDict()
         self._deadlines = Deadlines()
-        self._watchers: dict[UUID, dict[Outlet, None]] = {}
+        self._watchers: dict[UUID, dict[Outlet, int]] = {}
+        """Who gets an auction's events, and after which `seq`: what came before stands in its subscription's answer."""
         self._turn = _Turn(1)
         self._released = 0
+        self._unsaved: dict[UUID, SnapshotRow] = {}
         self._line = 0
         self._work = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
@@ -151,25 +172,27 @@ class Shard:
     def take(self, requests: Iterable[Request], outlet: Outlet) -> None:
         """One turn: take up requests that arrived together, in order, at this moment."""
         now = self._clock()
+        refused: list[Answered | Published] = []
         for request in requests:
-            if self._line >= SHARD_LINE_MAX or self._is_stopping:
-                refusal = _UNAVAILABLE if self._is_stopping else _BUSY
-                outlet.deliver([Answered(request.request, refusal)])
-                continue
-            self._line += 1
             entity_id = request.payload.auction
             entity = self._awake.get(entity_id)
-            if entity is not None:
-                self._guard(entity, request, outlet, now)
-            elif slot_of(entity_id) not in self._slots:
-                self._reply(outlet, request.request, _UNAVAILABLE)
+            if isinstance(request.payload, Unsubscribe):
+                self._take_unsubscribe(entity_id, _Waiting(outlet, request, now))
+            elif (refusal := self._refuse(entity_id)) is not None:
+                refused.append(Answered(request.request, refusal))
             else:
-                self._wake(entity_id, (outlet, request))
+                self._line += 1
+                if entity is not None:
+                    self._guard(entity, request, outlet, now)
+                else:
+                    self._wake(entity_id, _Waiting(outlet, request, now))
+        if refused:
+            outlet.deliver(refused)
         self._work.set()
 
     async def ask(self, payload: Payload) -> Answer:
         """Take up one request that came without a link, and wait for its answer."""
-        outlet = _Waiting()
+        outlet = _Asking()
         self.take([Request(0, payload)], outlet)
         return await outlet.answer
 
@@ -180,17 +203,39 @@ class Shard:
 
     # One request
 
+    def _refuse(self, entity_id: UUID) -> Rejection | None:
+        """Overload is refused before anything is done; so is what another shard serves."""
+        if self._is_stopping:
+            return UNAVAILABLE
+        if self._line >= SHARD_LINE_MAX:
+            return BUSY
+        if entity_id in self._awake or entity_id in self._waking:
+            return None
+        if slot_of(entity_id) not in self._slots:
+            return UNAVAILABLE
+        return BUSY if len(self._waking) >= WAKING_MAX else None
+
+    def _take_unsubscribe(self, entity_id: UUID, waiting: _Waiting) -> None:
+        """Never refused, and nobody is woken for it; but it stays behind a subscription that waits."""
+        if entity_id in self._waking:
+            self._line += 1
+            self._waking[entity_id].append(waiting)
+        else:
+            self._unwatch(entity_id, waiting.outlet)
+
     def _guard(self, entity: Entity, request: Request, outlet: Outlet, now: int) -> None:
         """A fault half-way through a request leaves a state that nobody may see: the journal holds the good one."""
         try:
             self._handle(entity, request, outlet, now)
-        except Exception as error:
-            logger.exception("a fault while deciding")
-            self._die(f"a fault while deciding: {error!r}")
+        except Exception as error:  # noqa: BLE001 (whatever it is, this incarnation ends)
+            self._fail(error)
 
-    def _handle(self, entity: Entity, request: Request, outlet: Outlet, now: int) -> None:
-        now = max(now, entity.last_at)
-        entity.used_at = now
+    def _fail(self, error: Exception) -> NoReturn:
+        logger.error("a fault while deciding", exc_info=error)
+        self._die(f"a fault while deciding: {error!r}")
+
+    def _handle(self, entity: Entity, request: Request, outlet: Outlet, taken_at: int) -> None:
+        now = max(taken_at, entity.last_at)
         self._execute_due(entity, now)
         match request.payload:
             case PlaceBid() as bid:
@@ -201,63 +246,78 @@ class Shard:
                 self._unwatch(entity.id, outlet)
                 self._turn.requests += 1
             case GetAuction() as get:
-                self._reply(outlet, request.request, _NOT_FOUND if entity.state is None else entity.view(get.viewer))
+                # Looking does not keep it awake: whoever walks through all auctions must not fill the memory.
+                self._reply(outlet, request.request, NOT_FOUND if entity.state is None else entity.view(get.viewer))
+                return
+            case Recall() as recall:
+                if not self._answer_again(entity, recall.command_id, recall.caller, request.request, outlet):
+                    self._reply(outlet, request.request, _NEVER_TAKEN)
             case (OpenAuction() | EndAuction() | CancelAuction()) as command:
                 self._manage(entity, command, request.request, outlet, now)
+        entity.used_at = now
         if entity.seq - entity.saved_seq >= EVENTS_PER_SNAPSHOT:
             self._turn.snapshots.append(entity.snapshot_row())
 
     def _place_bid(self, entity: Entity, bid: PlaceBid, request: int, outlet: Outlet, now: int) -> None:
-        command_id = bid.bidder.bytes + bid.bid_id.bytes
-        seq = entity.accepted.get(command_id)
-        if seq is not None:
-            recorded = entity.recall(seq)
-            if recorded is None:
-                self._turn.steps.append(_Recall(outlet, request, entity.id, seq))
-            else:
-                self._reply(outlet, request, bid_accepted(recorded))
-            return
-        rejected = self._rejected.get((entity.id, command_id))
-        if rejected is not None:
-            self._reply(outlet, request, rejected)
+        known_by = command_id(bid)
+        if self._answer_again(entity, known_by, bid.bidder, request, outlet):
             return
         decided = decide(entity.state, bid, now)
         if isinstance(decided, Rejection):
-            self._remember(entity.id, command_id, decided)
+            self._remember(entity.id, known_by, decided)
             self._reply(outlet, request, decided)
             return
-        first = self._record(entity, decided, now, command_id)
+        first = self._record(entity, decided, now, known_by)
         self._reply(outlet, request, bid_accepted(first))
 
     def _manage(
         self, entity: Entity, command: OpenAuction | EndAuction | CancelAuction, request: int, outlet: Outlet, now: int
     ) -> None:
-        """Open, end or cancel; asked again with the same id, the answer is the auction as it is by then."""
+        """Open, end or cancel."""
         caller = command.maker if isinstance(command, OpenAuction) else command.caller
-        command_id = caller.bytes + command.request_id.bytes
-        if command_id not in entity.accepted:
-            decided = decide(entity.state, command, now)
-            if isinstance(decided, Rejection):
-                self._reply(outlet, request, decided)
-                return
-            self._record(entity, decided, now, command_id, _written(command))
+        known_by = command_id(command)
+        if self._answer_again(entity, known_by, caller, request, outlet):
+            return
+        decided = decide(entity.state, command, now)
+        if isinstance(decided, Rejection):
+            self._reply(outlet, request, decided)
+            return
+        self._record(entity, decided, now, known_by, _written(command))
         self._reply(outlet, request, entity.view(caller))
+
+    def _answer_again(self, entity: Entity, known_by: bytes, caller: UUID, request: int, outlet: Outlet) -> bool:
+        """Answer a command that was answered before: a bid with its first verdict, another with the auction as it is.
+
+        False if it never was.
+        """
+        seq = entity.accepted.get(known_by)
+        if seq is None:
+            rejected = self._rejected.get((entity.id, known_by))
+            if rejected is None:
+                return False
+            self._reply(outlet, request, rejected)
+        elif len(known_by) != BID_COMMAND_ID_BYTES:
+            self._reply(outlet, request, entity.view(caller))
+        elif (recorded := entity.recall(seq)) is not None:
+            self._reply(outlet, request, bid_accepted(recorded))
+        else:
+            self._turn.steps.append(_Recollection(outlet, request, entity.id, seq))
+        return True
 
     def _subscribe(self, entity: Entity, subscribe: Subscribe, request: int, outlet: Outlet) -> None:
         if entity.state is None:
-            self._reply(outlet, request, _NOT_FOUND)
+            self._reply(outlet, request, NOT_FOUND)
             return
         missed = None if subscribe.since is None else entity.missed(subscribe.since)
         answer = Subscribed(
             seq=entity.seq,
-            events=None if missed is None else _encode_events(missed),
+            events=None if missed is None else _join(missed),
             snapshot=snapshot(entity.state) if missed is None else None,
             you=entity.you(subscribe.viewer),
         )
-        self._turn.steps.append(_Reply(outlet, request, answer, topic=entity.id))
-        self._turn.requests += 1
+        self._reply(outlet, request, answer, topic=entity.id)
         if not outlet.is_gone:
-            self._watchers.setdefault(entity.id, {})[outlet] = None
+            self._watchers.setdefault(entity.id, {}).setdefault(outlet, entity.seq)
 
     def _unwatch(self, topic: UUID, outlet: Outlet) -> None:
         outlets = self._watchers.get(topic, {})
@@ -280,7 +340,7 @@ class Shard:
         entity: Entity,
         events: Sequence[Event],
         now: int,
-        command_id: bytes | None,
+        known_by: bytes | None,
         private: Private | None = None,
     ) -> Recorded:
         """Apply events to the live state and put them in the line for the journal; return the first.
@@ -294,12 +354,12 @@ class Shard:
         is_watched = entity.id in self._watchers
         first = None
         for event in events:
-            recorded, row = entity.record(event, now, command_id, private)
+            recorded, row = entity.record(event, now, known_by, private)
             turn.rows.append(row)
             if is_watched:
                 turn.steps.append(_Happened(entity.id, recorded))
             if first is None:
-                first, command_id, private = recorded, None, None
+                first, known_by, private = recorded, None, None
         assert first is not None
         assert entity.state is not None
         if waited_for != (entity.state.status, due_at(entity.state)):
@@ -308,19 +368,19 @@ class Shard:
             self._arm()
         return first
 
-    def _remember(self, entity_id: UUID, command_id: bytes, rejection: Rejection) -> None:
-        self._rejected[entity_id, command_id] = rejection
+    def _remember(self, entity_id: UUID, known_by: bytes, rejection: Rejection) -> None:
+        self._rejected[entity_id, known_by] = rejection
         if len(self._rejected) > VERDICTS_REMEMBERED:
             self._rejected.popitem(last=False)
 
-    def _reply(self, outlet: Outlet, request: int, answer: Answer) -> None:
-        self._turn.steps.append(_Reply(outlet, request, answer))
+    def _reply(self, outlet: Outlet, request: int, answer: Answer, topic: UUID | None = None) -> None:
+        self._turn.steps.append(_Reply(outlet, request, answer, topic))
         self._turn.requests += 1
 
     # Waking, deadlines, sleep
 
-    def _wake(self, entity_id: UUID, waiting: tuple[Outlet, Request] | None) -> None:
-        """Read an entity; meanwhile what is asked of it waits, in order."""
+    def _wake(self, entity_id: UUID, waiting: _Waiting | None) -> None:
+        """Read an auction; meanwhile what is asked of it waits, in order."""
         if entity_id in self._waking:
             self._waking[entity_id].append(waiting)
             return
@@ -329,18 +389,11 @@ class Shard:
 
     async def _load(self, entity_id: UUID) -> None:
         try:
-            entity = Entity.restore(entity_id, await self._journal.load(entity_id, SNAPSHOT_VERSION))
+            entity = await self._restore(entity_id)
         except Exception as error:
             # Unreadable for now or for ever: whoever waits is told, and this auction alone is out of service.
             logger.exception("the auction %s could not be read", entity_id)
-            refusal = _UNAVAILABLE if isinstance(error, Unreadable) else _INTERNAL
-            for waiting in self._waking.pop(entity_id):
-                if waiting is None:
-                    self._deadlines.set(entity_id, self._clock() + SECOND_MS)
-                    self._arm()
-                else:
-                    self._reply(waiting[0], waiting[1].request, refusal)
-            self._work.set()
+            self._refuse_waiting(entity_id, UNAVAILABLE if isinstance(error, Unreadable) else INTERNAL)
             return
         now = self._clock()
         entity.used_at = now
@@ -349,10 +402,33 @@ class Shard:
             if waiting is None:
                 self._execute_due(entity, max(now, entity.last_at))
             else:
-                self._guard(entity, waiting[1], waiting[0], now)
+                self._guard(entity, waiting.request, waiting.outlet, waiting.taken_at)
         if entity.state is None:
             # Nothing is known under this id: asking for it again and again must not fill the memory.
             del self._awake[entity_id]
+        elif len(self._awake) > AWAKE_MAX:
+            longest_unused = nsmallest(AWAKE_MAX // 10, self._awake.values(), key=lambda one: one.used_at)
+            self._sleep(longest_unused)
+        self._work.set()
+
+    async def _restore(self, entity_id: UUID) -> Entity:
+        try:
+            return Entity.restore(entity_id, await self._journal.load(entity_id, SNAPSHOT_VERSION))
+        except msgspec.MsgspecError:
+            # A snapshot only saves time; the journal holds all of it.
+            logger.exception("the snapshot of %s cannot be read", entity_id)
+            return Entity.restore(entity_id, await self._journal.load(entity_id, NO_SNAPSHOT))
+
+    def _refuse_waiting(self, entity_id: UUID, refusal: Rejection) -> None:
+        for waiting in self._waking.pop(entity_id):
+            if waiting is None:
+                self._deadlines.set(entity_id, self._clock() + SECOND_MS)
+                self._arm()
+            elif isinstance(waiting.request.payload, Unsubscribe):
+                self._unwatch(entity_id, waiting.outlet)
+                self._turn.requests += 1
+            else:
+                self._reply(waiting.outlet, waiting.request.request, refusal)
         self._work.set()
 
     def _arm(self) -> None:
@@ -371,8 +447,11 @@ class Shard:
             entity = self._awake.get(entity_id)
             if entity is None:
                 self._wake(entity_id, None)
-            else:
+                continue
+            try:
                 self._execute_due(entity, max(now, entity.last_at))
+            except Exception as error:  # noqa: BLE001 (whatever it is, this incarnation ends)
+                self._fail(error)
         self._work.set()
         self._arm()
 
@@ -384,12 +463,15 @@ class Shard:
 
     def sleep_idle(self, before: int) -> None:
         """Put to sleep what was last used before this time and has nothing waiting for its commit."""
-        for entity in [entity for entity in self._awake.values() if entity.used_at <= before]:
+        self._sleep([entity for entity in self._awake.values() if entity.used_at <= before])
+
+    def _sleep(self, entities: Iterable[Entity]) -> None:
+        for entity in entities:
             if entity.turn <= self._released:
                 if entity.seq > entity.saved_seq:
                     self._turn.snapshots.append(entity.snapshot_row())
-                    self._work.set()
                 del self._awake[entity.id]
+        self._work.set()
 
     # Committing and releasing
 
@@ -404,13 +486,13 @@ class Shard:
                     await self._journal.append(turn.rows, list(turn.entities.values()))
                 elif turn.steps:
                     await self._journal.check()
-                for row in turn.snapshots:
-                    await self._journal.save_snapshot(row)
+                self._release(turn)
+                await self._save_snapshots(turn)
             except Fenced:
                 self._die("a newer incarnation of this shard has taken over")
             except Refused as error:
-                self._die(f"the journal did not take an append: {error}")
-            self._release(turn)
+                self._die(f"the journal did not take a write: {error}")
+            self._check_drained()
 
     def _release(self, turn: _Turn) -> None:
         outputs: dict[Outlet, list[Answered | Published]] = {}
@@ -423,36 +505,53 @@ class Shard:
             elif isinstance(step, _Happened):
                 happened.setdefault(step.topic, []).append(step.recorded)
             else:
-                self._run(self._recall(step))
+                self._run(self._recollect(step))
         for topic, events in happened.items():
             self._publish(topic, events, outputs)
         self._line -= turn.requests
         self._released = turn.number
         for outlet, messages in outputs.items():
             outlet.deliver(messages)
-        self._check_drained()
 
     def _publish(self, topic: UUID, events: list[Recorded], outputs: dict[Outlet, list[Answered | Published]]) -> None:
-        published = Published(topic, events[0].seq, events[-1].seq, _encode_events(events))
-        for outlet in self._watchers.get(topic, ()):
-            outputs.setdefault(outlet, []).append(published)
+        first = events[0].seq
+        published = Published(topic, first, events[-1].seq, _join(events))
+        for outlet, after in self._watchers.get(topic, {}).items():
+            # Whoever subscribed after these were decided, but before they were committed, has them in its answer.
+            if after < first:
+                outputs.setdefault(outlet, []).append(published)
 
-    async def _recall(self, step: _Recall) -> None:
+    async def _recollect(self, step: _Recollection) -> None:
         """Answer a retry with the verdict that the journal holds."""
-        answer: Answer = _INTERNAL
+        # It was accepted, whatever now goes wrong with reading it.
+        answer: Answer = OUTCOME_UNKNOWN
         try:
             row = await self._journal.read(step.entity_id, step.seq)
             if row is not None:
                 event = decode(row.kind, row.version, row.body)
                 answer = bid_accepted(Recorded(row.seq, row.at, event, row.hash))
         except Unreadable:
-            answer = _UNAVAILABLE
+            logger.warning("a verdict of %s could not be read", step.entity_id)
         self._line -= 1
         step.outlet.deliver([Answered(step.request, answer)])
         self._check_drained()
 
+    async def _save_snapshots(self, turn: _Turn) -> None:
+        """Save some of the snapshots that wait; the others after the next append."""
+        for row in turn.snapshots:
+            self._unsaved[row.entity_id] = row
+        rows = list(islice(self._unsaved.values(), SNAPSHOTS_AT_ONCE))
+        if not rows:
+            return
+        for row in rows:
+            del self._unsaved[row.entity_id]
+        await self._journal.save_snapshots(rows)
+        if self._unsaved:
+            self._work.set()
+
     def _check_drained(self) -> None:
-        if self._is_stopping and self._line == 0 and self._released >= self._last_turn:
+        is_released = self._line == 0 and self._released >= self._last_turn
+        if self._is_stopping and is_released and not self._unsaved:
             self._drained.set()
 
     async def _keep_alive(self) -> None:
@@ -478,7 +577,7 @@ class Shard:
             self._die(f"a fault in the shard: {task.exception()!r}")
 
 
-class _Waiting:
+class _Asking:
     """The outlet of one request that came without a link."""
 
     is_gone = False
@@ -492,8 +591,8 @@ class _Waiting:
                 self.answer.set_result(message.answer)
 
 
-def _encode_events(events: Sequence[Recorded]) -> bytes:
-    return b",".join([encode_public(one.seq, one.at, one.event, one.hash, one.reason) for one in events])
+def _join(events: Iterable[Recorded]) -> bytes:
+    return b",".join([recorded.public for recorded in events])
 
 
 def _written(command: OpenAuction | EndAuction | CancelAuction) -> Private | None:

@@ -43,7 +43,7 @@ from engine.limits import (
     TITLE_LENGTH_MAX,
 )
 from engine.money import CURRENCIES, format_amount
-from engine.rejections import Rejection
+from engine.rejections import NOT_FOUND, Rejection
 
 Status = Literal["scheduled", "active", "ended", "cancelled"]
 
@@ -161,7 +161,7 @@ def decide(state: Auction | None, command: Command, now: int) -> list[Event] | R
 def _place_bid(state: Auction | None, bid: PlaceBid, now: int) -> list[Event] | Rejection:
     assert (bid.amount is None) != (bid.max_amount is None), "a bid names an amount or a maximum"
     if state is None:
-        return _not_found()
+        return NOT_FOUND
     offered = bid.amount if bid.amount is not None else bid.max_amount
     assert offered is not None
     refusal = _refuse_bid(state, bid, offered)
@@ -293,7 +293,7 @@ def _open(state: Auction | None, command: OpenAuction, now: int) -> list[Event] 
 
 def _end(state: Auction | None, command: EndAuction, now: int) -> list[Event] | Rejection:
     if state is None:
-        return _not_found()
+        return NOT_FOUND
     by = _authority(state, command, is_makers_turn=state.leader is None or state.terms.soft_close is None)
     if isinstance(by, Rejection):
         return by
@@ -304,7 +304,7 @@ def _end(state: Auction | None, command: EndAuction, now: int) -> list[Event] | 
 
 def _cancel(state: Auction | None, command: CancelAuction, now: int) -> list[Event] | Rejection:
     if state is None:
-        return _not_found()
+        return NOT_FOUND
     by = _authority(state, command, is_makers_turn=state.leader is None)
     if isinstance(by, Rejection):
         return by
@@ -354,10 +354,6 @@ def _ended(state: Auction, by: EndedBy, now: int, reason_hash: str | None) -> En
         ended_at=now,
         reason_hash=reason_hash,
     )
-
-
-def _not_found() -> Rejection:
-    return Rejection("not_found", "There is no such auction.")
 
 
 def _not_active(state: Auction) -> Rejection:

@@ -83,6 +83,8 @@ class Audit:
             event = decode(row.kind, row.version, row.body)
         except ValueError as error:
             return f"event {row.seq} cannot be read: {error}"
+        if isinstance(event, Scheduled | Opened) and event.auction != row.entity_id:
+            return f"event {row.seq} ({row.kind}) is that of another auction, {event.auction}"
         problem = self._decided_again(row, event) or self._command_counted(row, event) or _sealed(row, event)
         if problem is not None:
             return f"event {row.seq} ({row.kind}): {problem}"
@@ -100,7 +102,7 @@ class Audit:
         if not self._following:
             command = self._command_of(event)
             if command is None:
-                return None if isinstance(event, Extended) and event.reason == "outage" else "nothing brought it about"
+                return self._outage_problem(event)
             due = None if self.state is None else due_at(self.state)
             if due is not None and due <= row.at and not isinstance(command, ExecuteDue):
                 return f"it came at {row.at}, though something was due at {due}"
@@ -113,6 +115,17 @@ class Audit:
             # Which reason was given is not for the rules, and it may have been erased.
             expected = structs.replace(expected, reason_hash=event.reason_hash)
         return None if event == expected else f"the rules say {expected} instead of {event}"
+
+    def _outage_problem(self, event: Event) -> str | None:
+        """Time that an outage took is given back: the one thing that happens to an auction without a command."""
+        state = self.state
+        if not isinstance(event, Extended) or event.reason != "outage" or state is None or state.status != "active":
+            return "nothing brought it about"
+        gained = event.end_time - state.end_time
+        cap_moved = (event.end_time_max or 0) - (state.end_time_max or 0)
+        if gained < 0 or cap_moved not in (0, gained):
+            return "an outage gives time, and moves the cap along"
+        return None
 
     def _command_of(self, event: Event) -> Command | None:
         """The command that an event answers, taken from the event itself; None for one that follows another event."""

@@ -4,7 +4,7 @@ Each command names who asks (`caller`, `bidder`, `maker`) and an id that the ask
 it gets its first answer.
 """
 
-from typing import Literal
+from typing import Final, Literal, assert_never
 from uuid import UUID
 
 import msgspec
@@ -93,3 +93,22 @@ class ExecuteDue(msgspec.Struct, frozen=True, tag="due", array_like=True):
 
 
 Command = OpenAuction | PlaceBid | EndAuction | CancelAuction | ExecuteDue
+
+
+BID_COMMAND_ID_BYTES: Final = 32
+"""No other command's id has this length."""
+
+
+def command_id(command: OpenAuction | PlaceBid | EndAuction | CancelAuction) -> bytes:
+    """By what a command is known: who asked, and the id that it chose. A bid's is never another command's."""
+    match command:
+        case PlaceBid():
+            return command.bidder.bytes + command.bid_id.bytes
+        case OpenAuction():
+            return b"open" + command.maker.bytes + command.request_id.bytes
+        case EndAuction():
+            return b"end" + command.caller.bytes + command.request_id.bytes
+        case CancelAuction():
+            return b"cancel" + command.caller.bytes + command.request_id.bytes
+        case _:
+            assert_never(command)

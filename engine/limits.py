@@ -34,6 +34,8 @@ IN_FLIGHT_MAX = 64
 ERRORS_MAX = 50
 """So many malformed messages within `ERRORS_WINDOW_MS` close a socket."""
 ERRORS_WINDOW_MS = 10 * SECOND_MS
+HEADERS_TIMEOUT_MS = 10 * SECOND_MS
+"""Of a connection's first HTTP request; later ones have uvicorn's keep-alive time-out."""
 HELLO_TIMEOUT_MS = 5 * SECOND_MS
 HEARTBEAT_MS = 15 * SECOND_MS
 HEARTBEATS_MISSED_MAX = 2
@@ -46,11 +48,15 @@ SOCKET_WRITE_BYTES_MAX = 1024 * 1024
 """Bytes that a client has not read; over it the socket is closed as too slow."""
 SOCKETS_MAX = 20_000
 """Sockets of one gateway."""
+TOPIC_QUEUE_BYTES_MAX = SOCKET_WRITE_BYTES_MAX
+"""Events of a topic that its sockets are still to be sent; over it they are closed as too slow."""
 
 # Links between gateways and shards
 LINK_FRAME_BYTES_MAX = 16 * 1024 * 1024
 LINK_BATCH_MAX = 64
 LINK_IN_FLIGHT_MAX = 8_192
+LINK_OUTPUT_BYTES = 1024 * 1024
+"""About so much a shard puts into one frame."""
 LINK_WRITE_BYTES_MAX = 64 * 1024 * 1024
 LINK_PING_MS = 250
 LINK_DEAD_MS = 1 * SECOND_MS
@@ -63,6 +69,12 @@ SLOTS = 1_024
 SHARD_LINE_MAX = 8_192
 """Commands that a shard holds undecided or uncommitted before it answers `busy`."""
 VERDICTS_REMEMBERED = 10_000
+AWAKE_MAX = 10_000
+"""Auctions that a shard keeps in memory; the longest unused make room for others."""
+WAKING_MAX = 1_000
+"""Auctions that a shard reads from the journal at the same time."""
+SNAPSHOTS_AT_ONCE = 50
+"""Snapshots that are saved between two appends."""
 EVENTS_PER_SNAPSHOT = 2_000
 RESUME_EVENTS_MAX = 1_000
 """A subscriber that missed more than this gets a snapshot."""
@@ -71,6 +83,10 @@ ALIVE_MS = 500
 OWNER_SILENT_MS = 2 * SECOND_MS
 BUSY_RETRY_MS = 250
 CLOCK_SYNC_MS = MINUTE_MS
+CLOCK_ROUND_TRIP_MS_MAX = 50
+"""A reading of the clock that took longer is not precise enough."""
+DATABASE_TIMEOUT_MS = 5 * SECOND_MS
+"""Reads that take longer are given up."""
 
 # HTTP
 BODY_BYTES_MAX = 1024 * 1024
@@ -81,6 +97,7 @@ assert AMOUNT_MAX <= INTEGER_MAX
 # A verdict that is not committed yet must still be remembered when its retry arrives.
 assert SHARD_LINE_MAX < VERDICTS_REMEMBERED
 assert LINK_IN_FLIGHT_MAX <= SHARD_LINE_MAX
+assert LINK_OUTPUT_BYTES + RESUME_EVENTS_MAX * 1_024 < LINK_FRAME_BYTES_MAX
 assert LINK_BATCH_MAX * FRAME_BYTES_MAX <= LINK_FRAME_BYTES_MAX
 assert LINK_PING_MS * 2 < LINK_DEAD_MS
 assert ALIVE_MS * 2 < OWNER_SILENT_MS

@@ -4,6 +4,8 @@ from typing import Literal
 
 import msgspec
 
+from engine.limits import BUSY_RETRY_MS
+
 Code = Literal[
     "not_authenticated",
     "not_found",
@@ -38,3 +40,12 @@ class Rejection(msgspec.Struct, frozen=True, tag="rejection", array_like=True):
     retry_after_ms: int | None = None
     field: str | None = None
     """The field that is at fault, where there is one."""
+
+
+BUSY = Rejection("busy", "Too much is going on here just now.", is_transient=True, retry_after_ms=BUSY_RETRY_MS)
+UNAVAILABLE = Rejection("unavailable", "This auction cannot be reached just now.", is_transient=True)
+INTERNAL = Rejection("internal", "Something went wrong on our side.", is_transient=True)
+OUTCOME_UNKNOWN = Rejection(
+    "outcome_unknown", "This may or may not have been done: send it again with the same id.", is_transient=True
+)
+NOT_FOUND = Rejection("not_found", "There is no such auction.")

@@ -23,7 +23,7 @@ from gateway.api.edge import HEALTHY, Edge
 from gateway.app import create_app
 from gateway.fanout import Fanout
 from gateway.router import Router
-from gateway.socket import Sockets, make_protocol
+from gateway.socket import HttpProtocol, Sockets, make_protocol
 from gateway.tokens import Verifier
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class RunningGateway:
         config = uvicorn.Config(
             create_app(edge),
             ws=make_protocol(self._router, fanout, verifier.verify, self._clock, self._sockets),
-            http="httptools",
+            http=HttpProtocol,
             lifespan="off",
             log_config=None,
             access_log=False,
@@ -82,12 +82,16 @@ class RunningGateway:
             loop.create_task(self._tick()),
             loop.create_task(keep_synchronised(self._clock, self._pool)),
         ]
-        while not self._server.started:  # noqa: ASYNC110 (uvicorn has no event to wait for)
+        serving = self._tasks[0]
+        while not self._server.started and not serving.done():  # noqa: ASYNC110 (uvicorn has no event to wait for)
             await asyncio.sleep(0.01)
+        if serving.done():
+            await serving
+            raise RuntimeError("the server ended before it had started")
         logger.info("%s serves %s:%d", self._name, door.host, door.port)
 
     async def stop(self) -> None:
-        """Send everybody elsewhere, answer what is on its way, and end."""
+        """Send everybody elsewhere, answer the HTTP requests that are on their way, and end."""
         self._sockets.drain()
         self._server.should_exit = True
         serving, *others = self._tasks

@@ -104,7 +104,7 @@ class _Subscription(msgspec.Struct, eq=False):
     """A topic that the client has asked for: whether it gets its events, and what was not answered yet."""
 
     is_live: bool = False
-    pending: list[PendingSubscription] = msgspec.field(default_factory=list)
+    pending: PendingSubscription | None = None
 
 
 class Session:
@@ -120,8 +120,8 @@ class Session:
         "_opened_at",
         "_ping_at",
         "_pings_unanswered",
-        "_subscribing",
         "_subscriptions",
+        "_unanswered",
         "_verify",
         "is_closed",
     )
@@ -135,7 +135,8 @@ class Session:
         self._identity: Identity | None = None
         self._in_flight = 0
         self._subscriptions: dict[UUID, _Subscription] = {}
-        self._subscribing = 0
+        self._unanswered = 0
+        """Subscriptions that were handed on and not answered yet, cancelled ones included."""
         self._errors = 0
         self._errors_since = now
         self._ping_at = now + HEARTBEAT_MS
@@ -198,16 +199,16 @@ class Session:
 
     def subscribed(self, pending: PendingSubscription, answer: Subscribed | Rejection) -> list[Intent]:
         """Pass on the answer to a subscription."""
+        self._unanswered -= 1
         if self.is_closed or pending.is_cancelled:
             return []
         subscription = self._subscriptions[pending.auction]
-        subscription.pending.remove(pending)
-        self._subscribing -= 1
+        subscription.pending = None
         if isinstance(answer, Subscribed):
             subscription.is_live = True
             return [Send(wire.encode_subscribed(pending.ref, pending.auction, answer))]
         # Refused again, a topic keeps what it had.
-        if not subscription.is_live and not subscription.pending:
+        if not subscription.is_live:
             del self._subscriptions[pending.auction]
         return [_refusal(pending.ref, answer, None)]
 
@@ -277,15 +278,16 @@ class Session:
         auction = wire.topic_auction(message.topic)
         subscription = self._subscriptions.get(auction)
         is_over = subscription is None and len(self._subscriptions) >= SUBSCRIPTIONS_MAX
-        # The same topic can be asked for again and again without waiting: that is bounded, too.
-        if is_over or self._subscribing >= SUBSCRIPTIONS_MAX:
+        # Asked for and left again and again without waiting, that is bounded, too.
+        if is_over or self._unanswered >= SUBSCRIPTIONS_MAX:
             text = f"A connection has at most {SUBSCRIPTIONS_MAX} subscriptions."
             return [_error(message.ref, "too_many", text)]
         if subscription is None:
             subscription = self._subscriptions[auction] = _Subscription()
-        pending = PendingSubscription(message.ref, auction)
-        subscription.pending.append(pending)
-        self._subscribing += 1
+        elif subscription.pending is not None:
+            return [_error(message.ref, "too_many", "The last subscription to this topic is not answered yet.")]
+        pending = subscription.pending = PendingSubscription(message.ref, auction)
+        self._unanswered += 1
         return [Subscribe(auction, _user(self._identity), message.since, pending)]
 
     def _unsubscribe(self, message: wire.Unsubscribe) -> list[Intent]:
@@ -294,8 +296,8 @@ class Session:
         subscription = self._subscriptions.pop(auction, None)
         if subscription is not None:
             intents.append(Unsubscribe(auction))
-            self._subscribing -= len(subscription.pending)
-            for pending in subscription.pending:
+            pending = subscription.pending
+            if pending is not None:
                 pending.is_cancelled = True
                 intents.append(_error(pending.ref, "bad_request", "Unsubscribed before this was answered."))
         intents.append(Send(wire.encode_unsubscribed(message.ref, auction)))

@@ -23,12 +23,14 @@ from picows import (
     WSUpgradeResponseWithListener,
 )
 from picows.picows import WSProtocol  # type: ignore[attr-defined]  # Public, though its stub does not name it.
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from actors.messages import Answer, Payload, Subscribed
 from engine.limits import (
     CLOSE_REASON_BYTES_MAX,
     CLOSE_TIMEOUT_MS,
     FRAME_BYTES_MAX,
+    HEADERS_TIMEOUT_MS,
     HELLO_TIMEOUT_MS,
     SECOND_MS,
     SOCKET_WRITE_BYTES_MAX,
@@ -48,6 +50,8 @@ from gateway.session import (
     Unsubscribe,
     Verify,
 )
+
+logger = logging.getLogger(__name__)
 
 PATH: Final = b"/v1/live"
 SUBPROTOCOL: Final = "gavel.v1"
@@ -125,7 +129,11 @@ class Sockets:
     def tick(self, now: int) -> None:
         """Let each socket do what is due; to be called about once a second."""
         for socket in tuple(self._open):
-            socket.tick(now)
+            try:
+                socket.tick(now)
+            except Exception:
+                # One client's trouble is not another's.
+                logger.exception("a socket's tick failed")
 
     def drain(self) -> None:
         """Close all sockets, and whatever still connects: this gateway is going away."""
@@ -399,4 +407,20 @@ class _QuietLogger(logging.LoggerAdapter[logging.Logger]):
             super().error(msg, *args, **kwargs)
 
 
-_LOGGER: Final = _QuietLogger(logging.getLogger(__name__))
+_LOGGER: Final = _QuietLogger(logger)
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP, with an end to the patience for a request's headers."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # As uvicorn has it.
+        super().connection_made(transport)
+        self._patience = asyncio.get_running_loop().call_later(HEADERS_TIMEOUT_MS / SECOND_MS, transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._patience.cancel()
+        super().connection_lost(exc)
+
+    def on_headers_complete(self) -> None:
+        self._patience.cancel()
+        super().on_headers_complete()

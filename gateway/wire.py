@@ -277,13 +277,6 @@ class _Events(_Frame, frozen=True, kw_only=True, tag="events"):
     events: Raw
 
 
-class _State(_Frame, frozen=True, kw_only=True, tag="state"):
-    topic: str
-    seq: int
-    snapshot: Snapshot
-    events: Raw
-
-
 class _Ack(_Frame, frozen=True, kw_only=True, tag="ack", gc=False):
     ref: Ref
     seq: int
@@ -375,11 +368,6 @@ def encode_unsubscribed(ref: Ref, auction: UUID) -> bytes:
 def encode_events(auction: UUID, encoded: bytes) -> bytes:
     """Events of a topic; `encoded` are JSON objects joined by commas, and go out as they are."""
     return _encode(_Events(topic=topic_name(auction), events=_list(encoded)))
-
-
-def encode_state(auction: UUID, seq: int, snapshot: Snapshot, encoded: bytes) -> bytes:
-    """A topic as it is at `seq`, with those covered events that nobody may miss, encoded as in `events`."""
-    return _encode(_State(topic=topic_name(auction), seq=seq, snapshot=snapshot, events=_list(encoded)))
 
 
 def encode_ack(ref: Ref, auction: UUID, bid_id: UUID, accepted: BidAccepted) -> bytes:

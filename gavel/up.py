@@ -15,6 +15,8 @@ from typing import Any, Final
 
 import asyncpg
 import click
+from alembic.util import CommandError as MigrationError
+from sqlalchemy.exc import SQLAlchemyError
 
 import migrations
 from actors.bootstrap import Place
@@ -34,6 +36,8 @@ _RAY_ENVIRONMENT: Final = {
     # A killed actor answers again after 1.0 s, not 1.7 s and more.
     "RAY_timeout_ms_task_wait_for_death_info": "50",
 }
+_DATABASE_LOCK: Final = 0x676176656C75
+_HOLD_TRIES: Final = 25
 _DURABILITY: Final = ("fsync", "full_page_writes", "synchronous_commit")
 
 
@@ -65,11 +69,9 @@ async def _up(settings: Settings, *, is_demo: bool) -> None:
         log_dir = stack.enter_context(_data_folder(settings.data_dir))
         port = stack.enter_context(_reserved_port(settings.host, settings.port))
         keys = ensure_keys(settings.data_dir)
-        database_url = settings.database_url
-        if database_url is None:
-            database_url = await stack.enter_async_context(_embedded_postgres(settings.data_dir))
-        await _prepare(database_url, settings.shards)
-        ensure_secret(settings.data_dir, settings.secret)
+        database_url = settings.database_url or stack.enter_context(_embedded_postgres(settings.data_dir))
+        await stack.enter_async_context(_prepared(database_url, settings))
+        _provide_secret(settings)
         place = Place(
             database_url=database_url,
             secret_path=str(secret_path(settings.data_dir)),
@@ -88,6 +90,13 @@ async def _up(settings: Settings, *, is_demo: bool) -> None:
             _say(f"press Ctrl-C to stop; the description of the API is at {url}/docs")
         await stop.wait()
         _say("stopping")
+
+
+def _provide_secret(settings: Settings) -> None:
+    """Have the cluster's secret where our processes look for it: in the environment if it is given, else in a file."""
+    ensure_secret(settings.data_dir, settings.secret)
+    if settings.secret is not None:
+        os.environ["GAVEL_SECRET"] = settings.secret.get_secret_value()
 
 
 def _on_signals(stop: asyncio.Event) -> None:
@@ -127,33 +136,60 @@ def _reserved_port(host: str, port: int) -> Iterator[int]:
         ) from error
 
 
-@contextlib.asynccontextmanager
-async def _embedded_postgres(data_dir: Path) -> AsyncIterator[str]:
+@contextlib.contextmanager
+def _embedded_postgres(data_dir: Path) -> Iterator[str]:
     _say("starting Postgres")
     postgres = EmbeddedPostgres(data_dir)
     url = postgres.start()
     try:
-        await tune(url)
         yield url
     finally:
         postgres.stop()
 
 
-async def _prepare(database_url: str, shards: int) -> None:
-    """Check the database, bring its schema up to date and deal the slots."""
+@contextlib.asynccontextmanager
+async def _prepared(database_url: str, settings: Settings) -> AsyncIterator[None]:
+    """Check the database, hold it for ourselves, bring its schema up to date and deal the slots."""
     try:
-        async with asyncpg.create_pool(database_url, min_size=1, max_size=1) as pool:
-            for setting in _DURABILITY:
-                if await pool.fetchval("SELECT current_setting($1)", setting) == "off":
-                    raise CommandError(
-                        f"The database has {setting} off and would lose acknowledged bids; turn it on there."
-                    )
-            await migrations.upgrade(database_url)
-            await Directory(pool).lay_out(shards)
+        connection = await asyncpg.connect(database_url)
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as error:
-        raise CommandError(
-            f"The database cannot be used ({type(error).__name__}: {error}); check GAVEL_DATABASE_URL."
-        ) from error
+        raise _unusable(error) from error
+    try:
+        await _prepare(connection, database_url, settings)
+        yield
+    finally:
+        await connection.close()
+
+
+async def _prepare(connection: asyncpg.Connection, database_url: str, settings: Settings) -> None:
+    try:
+        if settings.database_url is None:
+            await tune(connection)
+        for setting in _DURABILITY:
+            if await connection.fetchval("SELECT current_setting($1)", setting) == "off":
+                raise CommandError(
+                    f"The database has {setting} off and would lose acknowledged bids; turn it on there."
+                )
+        await _hold(connection)
+        await migrations.upgrade(database_url)
+        async with asyncpg.create_pool(database_url, min_size=1, max_size=1) as pool:
+            await Directory(pool).lay_out(settings.shards)
+    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, SQLAlchemyError, MigrationError) as error:
+        raise _unusable(error) from error
+
+
+async def _hold(connection: asyncpg.Connection) -> None:
+    """Let no second engine deal the slots of this database: the lock lasts as long as this connection."""
+    for _ in range(_HOLD_TRIES):
+        if await connection.fetchval("SELECT pg_try_advisory_lock($1)", _DATABASE_LOCK):
+            return
+        # An engine that has just died may take Postgres a moment to notice.
+        await asyncio.sleep(_RETRY_S)
+    raise CommandError("Another engine runs on this database; stop it first, or use a database of its own.")
+
+
+def _unusable(error: Exception) -> CommandError:
+    return CommandError(f"The database cannot be used ({type(error).__name__}: {error}); check GAVEL_DATABASE_URL.")
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ class Story:
         assert not isinstance(events, Rejection), events
         made = []
         for event in events:
-            recorded, row = self.entity.record(event, now, command_id)
+            recorded, row = self.entity.record(event, now, command_id, None)
             command_id = None
             made.append(recorded)
             self.rows.append(row)

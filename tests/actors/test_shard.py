@@ -298,6 +298,25 @@ async def test_commands_of_makers_are_done_once(house: House) -> None:
     )
 
 
+async def test_a_reason_is_kept_beside_its_event(house: House, start: Start) -> None:
+    outlet = Recorder()
+    await outlet.answer(*house.take(outlet, Subscribe(AUCTION, None, None)))
+    cancel = CancelAuction(
+        auction=AUCTION, caller=MAKER, role="maker", request_id=UUID(int=6), reason="It broke.", salt=b"salt"
+    )
+    assert viewed(await house.ask(cancel)).snapshot.status == "cancelled"
+    assert house.store.private[AUCTION, 2].body == b"It broke."
+    assert b"broke" not in house.store.journal[AUCTION][2].body
+    await outlet.events(2)
+    assert listed(outlet.published[0].events)[0]["reason"] == "It broke."
+    await house.kill()
+    for reason in ("It broke.", None):
+        later = await start(house.store)
+        assert listed(subscribed(await later.ask(Subscribe(AUCTION, None, 1))).events)[0]["reason"] == reason
+        await later.kill()
+        house.store.private.clear()
+
+
 async def test_a_bid_under_the_id_of_another_command_does_no_harm(house: House) -> None:
     """Ids are the clients': a maker's bid may carry the `request_id` under which it opened the auction."""
     request_id = UUID(int=77)
@@ -678,9 +697,7 @@ async def test_events_stand_right_around_a_subscription_within_one_turn(house: H
     watcher, bidder = Recorder(), Recorder()
     await watcher.answer(*house.take(watcher, Subscribe(AUCTION, None, None)))
     watcher.messages.clear()
-    _, topic, _ = house.take(
-        watcher, bid(ANNA, 1_000), Subscribe(AUCTION, None, None), bid(BEN, 2_000, bid_id=2)
-    )
+    _, topic, _ = house.take(watcher, bid(ANNA, 1_000), Subscribe(AUCTION, None, None), bid(BEN, 2_000, bid_id=2))
     house.take(bidder, bid(CLEO, 3_000))
     await watcher.events(4)
     shown = []

@@ -1,4 +1,4 @@
-"""A whole engine for tests: `gavel up` with its Ray and its Postgres, as processes that can be found, stopped and killed.
+"""A whole engine for tests: `gavel up` with its Ray and its Postgres, as processes to be found, stopped and killed.
 
 `gavel up` begins a session of its own, in which all of Ray stays, its workers in their own process groups and orphans
 too. Each process of Postgres begins one as well, but works in the folder of its data.

@@ -1,7 +1,7 @@
 """Plain clients of the live protocol, on the `websockets` library and nothing of Gavel's: they see every message.
 
-`Bidder` and `Watcher` do what the protocol asks of a client (connect again, ask for what was missed, send again with the
-same `bid_id`) and check what it promises.
+`Bidder` and `Watcher` do what the protocol asks of a client (connect again, ask for what was missed, send again with
+the same `bid_id`) and check what it promises.
 """
 
 import asyncio
@@ -110,7 +110,7 @@ def iso(from_now: timedelta) -> str:
 
 
 class Bidder:
-    """A user on a socket, which comes back when it breaks and sends again, with the same `bid_id`, what was unanswered."""
+    """A user on a socket who, when it breaks, comes back and sends the unanswered bid again, with the same `bid_id`."""
 
     def __init__(self, engine: Engine) -> None:
         self.user = uuid4()
@@ -188,7 +188,7 @@ class Watcher:
         with suppress(asyncio.CancelledError):
             await self._task
 
-    async def _or_failed(self, waiting: Awaitable[None | bool]) -> None:
+    async def _or_failed(self, waiting: Awaitable[object]) -> None:
         waiter = asyncio.ensure_future(waiting)
         done, _ = await asyncio.wait((waiter, self._task), timeout=ANSWER_S, return_when=asyncio.FIRST_COMPLETED)
         waiter.cancel()

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from tests.e2e.engine import ROOT, Engine, running, wait_until
 
 HISTORY = ROOT / "tests" / "data" / "ebay_palm_bids.csv"
 ACKS_BEFORE = 1_000
-REPLAY_S = 100
+REPLAY_S = 150
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture
@@ -47,10 +48,22 @@ def test_nothing_acknowledged_is_lost_or_counted_twice(engine: Engine) -> None:
     assert not engine.leaks()
 
 
-def _replaying(engine: Engine, acks: Path, results: Path) -> "subprocess.Popen[str]":
-    options = ["--reserve-from-price", "--run", "killed", "--url", engine.url, "--data-dir", str(engine.data_dir)]
-    return subprocess.Popen(
-        [sys.executable, "-m", "gavel", "replay", str(HISTORY), *options, "--acks", str(acks), "--json", str(results)],
+@contextmanager
+def _replaying(engine: Engine, acks: Path, results: Path) -> Iterator["subprocess.Popen[str]"]:
+    files = ["--acks", str(acks), "--json", str(results)]
+    options = [
+        "--patience",
+        str(REPLAY_S),
+        "--reserve-from-price",
+        "--run",
+        "killed",
+        "--url",
+        engine.url,
+        "--data-dir",
+        str(engine.data_dir),
+    ]
+    replay = subprocess.Popen(
+        [sys.executable, "-m", "gavel", "replay", str(HISTORY), *options, *files],
         cwd=ROOT,
         env=engine.environment(),
         stdin=subprocess.DEVNULL,
@@ -58,6 +71,12 @@ def _replaying(engine: Engine, acks: Path, results: Path) -> "subprocess.Popen[s
         stderr=subprocess.PIPE,
         text=True,
     )
+    with replay:
+        try:
+            yield replay
+        finally:
+            # Over already, unless something went wrong; nobody waits for its patience then.
+            replay.kill()
 
 
 def _lines(path: Path) -> list[str]:

