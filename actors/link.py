@@ -423,8 +423,7 @@ class Link:
         waiting = self._in_flight.pop(number, None)
         if waiting is None:
             return
-        is_resent = waiting.is_command and waiting.links > 1
-        if is_resent and isinstance(answer, Rejection) and answer.is_transient:
+        if waiting.links > 1 and isinstance(answer, Rejection) and answer.is_transient and waiting.is_command:
             # This time it was not done; whether it was before, nobody has said.
             answer = OUTCOME_UNKNOWN
         try:

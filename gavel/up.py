@@ -78,7 +78,7 @@ async def _up(settings: Settings, *, is_demo: bool) -> None:
             log_dir=str(log_dir),
             log_level=settings.log_level,
         )
-        stack.enter_context(_ray(settings))
+        stack.enter_context(_ray(settings, stop))
         # Ray has put a handler of its own for SIGTERM, which prints a stack and aborts this process 3 s later.
         _on_signals(stop)
         if not stop.is_set():
@@ -193,11 +193,15 @@ def _unusable(error: Exception) -> CommandError:
 
 
 @contextlib.contextmanager
-def _ray(settings: Settings) -> Iterator[None]:
+def _ray(settings: Settings, stop: asyncio.Event) -> Iterator[None]:
     """Join the cluster that is named, or start a Ray of our own, in a folder of its own."""
     _say("starting Ray")
     os.environ.update({name: value for name, value in _RAY_ENVIRONMENT.items() if name not in os.environ})
+    # Read when Ray is imported: this process handles its signals itself; the actors shall go on to print their stack.
+    os.environ["RAY_DISABLE_FAILURE_SIGNAL_HANDLER"] = "1"
     import ray
+
+    del os.environ["RAY_DISABLE_FAILURE_SIGNAL_HANDLER"]
 
     from actors import shard_actor
     from actors.ray_actor import NAMESPACE
@@ -212,14 +216,18 @@ def _ray(settings: Settings) -> Iterator[None]:
     }
     # Ray speaks on standard output, which belongs to the line that says where the engine is.
     with _output_to_errors():
-        ray.init(
-            address=settings.ray_address or "local",
-            namespace=NAMESPACE,
-            log_to_driver=False,
-            configure_logging=True,
-            logging_level=logging.ERROR,
-            **({} if settings.ray_address else own),
-        )
+        try:
+            ray.init(
+                address=settings.ray_address or "local",
+                namespace=NAMESPACE,
+                log_to_driver=False,
+                configure_logging=True,
+                logging_level=logging.ERROR,
+                **({} if settings.ray_address else own),
+            )
+        except SystemExit:
+            # While Ray starts, SIGTERM comes to a handler of its own.
+            stop.set()
     try:
         yield
     finally:
