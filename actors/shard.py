@@ -398,7 +398,8 @@ class Shard:
         now = self._clock()
         entity.used_at = now
         self._awake[entity_id] = entity
-        for waiting in self._waking.pop(entity_id):
+        # Deadlines last: each request comes after what was due when it was taken up, and before what was not.
+        for waiting in sorted(self._waking.pop(entity_id), key=lambda one: one is None):
             if waiting is None:
                 self._execute_due(entity, max(now, entity.last_at))
             else:
@@ -414,7 +415,7 @@ class Shard:
     async def _restore(self, entity_id: UUID) -> Entity:
         try:
             return Entity.restore(entity_id, await self._journal.load(entity_id, SNAPSHOT_VERSION))
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, UnicodeDecodeError):
             # A snapshot only saves time; the journal holds all of it.
             logger.exception("the snapshot of %s cannot be read", entity_id)
             return Entity.restore(entity_id, await self._journal.load(entity_id, NO_SNAPSHOT))
@@ -530,8 +531,8 @@ class Shard:
             if row is not None:
                 event = decode(row.kind, row.version, row.body)
                 answer = bid_accepted(Recorded(row.seq, row.at, event, row.hash))
-        except Unreadable:
-            logger.warning("a verdict of %s could not be read", step.entity_id)
+        except Exception:
+            logger.exception("a verdict of %s could not be read", step.entity_id)
         self._line -= 1
         step.outlet.deliver([Answered(step.request, answer)])
         self._check_drained()
@@ -543,9 +544,9 @@ class Shard:
         rows = list(islice(self._unsaved.values(), SNAPSHOTS_AT_ONCE))
         if not rows:
             return
+        await self._journal.save_snapshots(rows)
         for row in rows:
             del self._unsaved[row.entity_id]
-        await self._journal.save_snapshots(rows)
         if self._unsaved:
             self._work.set()
 

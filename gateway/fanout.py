@@ -107,7 +107,7 @@ class Fanout:
             on_subscribed(answer)
             if is_wanted and isinstance(answer, Subscribed):
                 topic.sinks[sink] = answer.seq
-            elif sink not in topic.sinks and sink not in topic.waiting:
+            elif self._topics.get(topic_id) is topic and sink not in topic.sinks and sink not in topic.waiting:
                 self._leave(topic_id, topic, sink)
             if isinstance(answer, Subscribed) and topic_id not in self._topics:
                 # Everybody had left before this was answered.

@@ -1,11 +1,13 @@
-from typing import cast
+from typing import Self, cast
 
 import asyncpg
 import pytest
 
 from actors.clock import Clock
+from engine.limits import CLOCK_ROUND_TRIP_MS_MAX
 
 MS = 1_000_000
+AHEAD_MS = 1_700_000_000_000
 
 
 class Monotonic:
@@ -17,18 +19,37 @@ class Monotonic:
 
 
 class Postgres:
-    """Answers with its own time; the question takes `way_ms` there and `way_ms` back."""
+    """A pool and its one connection. The connection takes `wait_ms` to come by.
 
-    def __init__(self, monotonic: Monotonic, ahead_ms: int, way_ms: int) -> None:
+    It answers with its own time, `ahead_ms` before ours; each question takes one of `ways_ms` there, and as long back.
+    """
+
+    def __init__(self, monotonic: Monotonic, ahead_ms: int, *ways_ms: tuple[int, int], wait_ms: int = 0) -> None:
         self.monotonic = monotonic
         self.ahead_ms = ahead_ms
-        self.way_ms = way_ms
+        self.ways_ms = list(ways_ms)
+        self.wait_ms = wait_ms
+
+    @property
+    def pool(self) -> asyncpg.Pool:
+        return cast(asyncpg.Pool, self)
+
+    def acquire(self) -> Self:
+        return self
+
+    async def __aenter__(self) -> Self:
+        self.monotonic.ns += self.wait_ms * MS
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        assert self.ways_ms == [], "it was asked too few times"
 
     async def fetchval(self, query: str) -> int:
         assert "clock_timestamp()" in query, "now() is the time at which a transaction began"
-        self.monotonic.ns += self.way_ms * MS
+        there_ms, back_ms = self.ways_ms.pop(0)
+        self.monotonic.ns += there_ms * MS
         answer = self.monotonic.ns // MS + self.ahead_ms
-        self.monotonic.ns += self.way_ms * MS
+        self.monotonic.ns += back_ms * MS
         return answer
 
 
@@ -40,10 +61,41 @@ def test_it_is_not_read_before_it_is_set() -> None:
 async def test_it_follows_the_reference_whatever_the_way_there_takes() -> None:
     monotonic = Monotonic()
     clock = Clock(monotonic)
-    await clock.synchronise(cast(asyncpg.Connection, Postgres(monotonic, ahead_ms=1_700_000_000_000, way_ms=40)))
-    assert clock() == 1_700_000_000_000 + monotonic.ns // MS
+    await clock.synchronise(Postgres(monotonic, AHEAD_MS, *[(20, 20)] * 3).pool)
+    assert clock() == AHEAD_MS + monotonic.ns // MS
     monotonic.ns += 1_234 * MS
-    assert clock() == 1_700_000_000_000 + monotonic.ns // MS
+    assert clock() == AHEAD_MS + monotonic.ns // MS
+
+
+async def test_the_wait_for_a_connection_does_not_count() -> None:
+    monotonic = Monotonic()
+    clock = Clock(monotonic)
+    await clock.synchronise(Postgres(monotonic, AHEAD_MS, *[(1, 1)] * 3, wait_ms=4_000).pool)
+    assert clock() == AHEAD_MS + monotonic.ns // MS
+    await clock.synchronise(Postgres(monotonic, AHEAD_MS + 500, *[(1, 1)] * 3, wait_ms=4_000).pool)
+    assert clock() == AHEAD_MS + 500 + monotonic.ns // MS
+
+
+async def test_the_quickest_of_three_readings_counts() -> None:
+    monotonic = Monotonic()
+    clock = Clock(monotonic)
+    # Held up on one way only, a reading is off by half of that.
+    await clock.synchronise(Postgres(monotonic, AHEAD_MS, (0, 30), (2, 2), (40, 0)).pool)
+    assert clock() == AHEAD_MS + monotonic.ns // MS
+
+
+async def test_slow_readings_count_only_while_there_is_no_other() -> None:
+    monotonic = Monotonic()
+    clock = Clock(monotonic)
+    slow = CLOCK_ROUND_TRIP_MS_MAX + 2
+    await clock.synchronise(Postgres(monotonic, AHEAD_MS, *[(0, slow)] * 3).pool)
+    off_by = slow // 2
+    assert clock() == AHEAD_MS + monotonic.ns // MS - off_by
+    await clock.synchronise(Postgres(monotonic, AHEAD_MS + 500, *[(0, slow)] * 3).pool)
+    assert clock() == AHEAD_MS + monotonic.ns // MS - off_by
+    # One that is good enough mends it.
+    await clock.synchronise(Postgres(monotonic, AHEAD_MS, (0, slow), (0, slow), (25, 25)).pool)
+    assert clock() == AHEAD_MS + monotonic.ns // MS
 
 
 def test_it_stands_still_rather_than_step_back() -> None:

@@ -23,11 +23,11 @@ from actors.messages import (
     Subscribed,
     Unsubscribe,
 )
-from engine.commands import CancelAuction, EndAuction
+from engine.commands import CancelAuction, EndAuction, OpenAuction, PlaceBid
 from engine.limits import RESUME_EVENTS_MAX, SLOTS
 from engine.rejections import Rejection
 from tests.engine.support import ANNA, AUCTION, BEN, CLEO, END, MAKER, NOW, SOFT_CLOSE
-from tests.support.shards import Died, House, Recorder, bid, opening
+from tests.support.shards import Died, House, Recorder, bid, opening, recall
 from tests.support.waiting import quiet, turns, until
 
 OTHER = UUID("a0000000-0000-4000-8000-000000000001")
@@ -239,9 +239,10 @@ async def test_a_verdict_that_left_the_memory_is_read_from_the_journal(
     late, now = fresh.take(outlet, bid(ANNA, up_to=2_000), GET)
     assert await outlet.answer(late) == verdict
     assert viewed(await outlet.answer(now)).seq == 7
-    # The journal cannot be read just now: nothing was placed, and nothing is claimed.
+    # The journal cannot be read just now: it was placed, so nobody may say that it was not.
     fresh.journal.read_error = Unreadable("away")
-    assert code(await fresh.ask(bid(ANNA, up_to=2_000))) == "unavailable"
+    unknown = await fresh.ask(bid(ANNA, up_to=2_000))
+    assert (code(unknown), isinstance(unknown, Rejection) and unknown.is_transient) == ("outcome_unknown", True)
     fresh.journal.read_error = None
     assert await fresh.ask(bid(ANNA, up_to=2_000)) == verdict
     assert fresh.shard._line == 0
@@ -253,8 +254,14 @@ async def test_a_remembered_verdict_that_the_journal_lost_is_no_acknowledgement(
     monkeypatch.setattr(entities, "RESUME_EVENTS_MAX", 1)
     house = await start()
     await house.answers(opening(), bid(ANNA, 1_000), bid(BEN, 2_000, bid_id=2))
-    del house.store.journal[AUCTION][2]
-    assert code(await house.ask(bid(ANNA, 1_000))) == "internal"
+    row = house.store.journal[AUCTION].pop(2)
+    assert code(await house.ask(bid(ANNA, 1_000))) == "outcome_unknown"
+    # Nor is one that cannot be understood, and it does not end the process: each retry would do so again.
+    house.store.journal[AUCTION][2] = row._replace(body=b"{")
+    assert code(await house.ask(bid(ANNA, 1_000))) == "outcome_unknown"
+    await quiet()
+    assert house.deaths == []
+    assert house.shard._line == 0
 
 
 async def test_another_bidders_same_bid_id_is_another_bid(house: House) -> None:
@@ -324,7 +331,73 @@ async def test_a_bid_under_the_id_of_another_command_does_no_harm(house: House) 
     outlet = Recorder()
     (number,) = house.take(outlet, bid(MAKER, 1_000, bid_id=77, auction=OTHER))
     assert code(await outlet.answer(number)) == "own_auction"
+    assert viewed(await house.ask(opening(OTHER, request_id))).seq == 1
     assert house.deaths == []
+
+
+@pytest.mark.parametrize("kind", [EndAuction, CancelAuction])
+async def test_commands_of_different_kinds_under_one_id_are_different_commands(
+    house: House, start: Start, kind: type[EndAuction | CancelAuction]
+) -> None:
+    # ANNA is an admin, and uses one id for everything.
+    command = kind(auction=AUCTION, caller=ANNA, role="admin", request_id=UUID(int=7), reason="Why not.")
+    placed = accepted(await house.ask(bid(ANNA, 1_000, bid_id=7)))
+    closed = viewed(await house.ask(command))
+    assert (closed.seq, closed.snapshot.status) == (3, "ended" if kind is EndAuction else "cancelled")
+    await house.kill()
+    for again in (house, await start(house.store)):
+        if again is not house:
+            assert accepted(await again.ask(bid(ANNA, 1_000, bid_id=7))) == placed
+            assert viewed(await again.ask(command)) == closed
+            # A bid under the id of what came first is a bid of its own as well, and comes too late.
+            await again.ask(opening(OTHER))
+            other = kind(auction=OTHER, caller=ANNA, role="admin", request_id=UUID(int=8), reason="Why not.")
+            assert viewed(await again.ask(other)).seq == 2
+            assert code(await again.ask(bid(ANNA, 1_000, bid_id=8, auction=OTHER))) == "ended"
+            assert viewed(await again.ask(other)).seq == 2
+            assert again.deaths == []
+
+
+# What became of a command
+
+
+async def test_what_became_of_a_command_is_told_without_doing_it(house: House, start: Start) -> None:
+    placed, low, raised = bid(ANNA, 1_000), bid(BEN, 1, bid_id=2), bid(ANNA, up_to=5_000, bid_id=3)
+    end = EndAuction(auction=AUCTION, caller=MAKER, role="admin", request_id=UUID(int=6), reason="Over.")
+    cancel = CancelAuction(auction=OTHER, caller=MAKER, role="maker", request_id=UUID(int=6))
+    await house.ask(opening(OTHER))
+    verdicts = await house.answers(placed, low, raised)
+    assert [code(answer) for answer in await house.answers(recall(end), recall(cancel))] == ["internal"] * 2
+    view, cancelled = await house.answers(end, cancel)
+    done: list[OpenAuction | PlaceBid | EndAuction | CancelAuction] = [placed, raised, opening(), end, cancel]
+    told = [verdicts[0], verdicts[2], view, view, cancelled]
+    assert await house.answers(recall(low), *(recall(one) for one in done)) == [verdicts[1], *told]
+    await house.kill()
+    later = await start(house.store)
+    assert await later.answers(*(recall(one) for one in done)) == told
+    assert kinds(house.store) == ["opened", "bid_placed", "maximum_raised", "ended"]
+    assert kinds(house.store, OTHER) == ["opened", "cancelled"]
+
+
+async def test_a_command_that_was_never_taken_is_not_taken_when_it_is_recalled(house: House) -> None:
+    for never in (bid(ANNA, 1_000), opening(OTHER), bid(ANNA, 1_000, auction=UUID(int=5)), opening(request_id=ANNA)):
+        answer = await house.ask(recall(never))
+        assert code(answer) == "internal"
+        # A verdict: it was not done, and the same command will not be tried again.
+        assert isinstance(answer, Rejection)
+        assert not answer.is_transient
+    assert kinds(house.store) == ["opened"]
+    assert list(house.store.journal) == [AUCTION]
+    assert house.shard._line == 0
+
+
+async def test_a_recalled_bid_may_have_left_the_memory(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entities, "RESUME_EVENTS_MAX", 1)
+    house = await start()
+    _, verdict, _ = await house.answers(opening(), bid(ANNA, 1_000), bid(BEN, 2_000, bid_id=2))
+    assert await house.ask(recall(bid(ANNA, 1_000))) == verdict
+    house.journal.read_error = Unreadable("away")
+    assert code(await house.ask(recall(bid(ANNA, 1_000)))) == "outcome_unknown"
 
 
 # The journal says no
@@ -405,6 +478,32 @@ async def test_a_fault_while_deciding_ends_the_process(house: House, monkeypatch
     assert kinds(house.store) == ["opened"]
 
 
+@pytest.mark.parametrize("is_awake", [True, False])
+async def test_a_fault_in_one_due_auction_ends_the_process(
+    house: House, monkeypatch: pytest.MonkeyPatch, is_awake: bool
+) -> None:
+    outlet = Recorder()
+    await outlet.answer(*house.take(outlet, Subscribe(AUCTION, None, None)))
+    if not is_awake:
+        await house.put_to_sleep()
+
+    def fail(*arguments: object) -> None:
+        raise ZeroDivisionError("a bug in the rules")
+
+    monkeypatch.setattr(shard, "decide", fail)
+    house.now = END
+    if is_awake:
+        with pytest.raises(Died):
+            house.shard._fire()
+    else:
+        house.shard._fire()
+    await house.died.wait()
+    await quiet()
+    assert "a bug in the rules" in house.deaths[0]
+    assert outlet.published == []
+    assert kinds(house.store) == ["opened"]
+
+
 # Waking
 
 
@@ -482,6 +581,142 @@ async def test_a_full_line_answers_busy_at_once(house: House, monkeypatch: pytes
     await outlet.answer(numbers[2])
     # A transient refusal is not remembered: the same bid may come again.
     assert accepted(await house.ask(bids[4])).seq == 5
+
+
+async def test_what_is_refused_of_one_delivery_is_refused_in_one(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard, "SHARD_LINE_MAX", 0)
+    outlet = Recorder()
+    numbers = house.take(outlet, GET, bid(ANNA, 1_000), Unsubscribe(AUCTION), Subscribe(AUCTION, None, None))
+    assert [(number, code(answer)) for number, answer in outlet.answers.items()] == [
+        (numbers[0], "busy"),
+        (numbers[1], "busy"),
+        (numbers[3], "busy"),
+    ]
+    assert outlet.deliveries == 1
+
+
+async def test_unsubscribing_is_not_refused_by_a_full_line(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    outlet, stays = Recorder(), Recorder()
+    for one in (outlet, stays):
+        await one.answer(*house.take(one, Subscribe(AUCTION, None, None)))
+    monkeypatch.setattr(shard, "SHARD_LINE_MAX", 1)
+    house.journal.hold()
+    house.take(stays, bid(ANNA, 1_000))
+    (busy,) = house.take(outlet, GET)
+    house.take(outlet, Unsubscribe(AUCTION))
+    assert code(outlet.answers[busy]) == "busy"
+    outlet.messages.clear()
+    house.journal.let_go()
+    await stays.events(2)
+    assert outlet.messages == []
+    assert house.shard._line == 0
+
+
+async def test_unsubscribing_wakes_nobody(house: House) -> None:
+    outlet = Recorder()
+    await outlet.answer(*house.take(outlet, Subscribe(AUCTION, None, None)))
+    await house.put_to_sleep()
+    loads = len(house.journal.loads)
+    house.take(outlet, Unsubscribe(AUCTION), Unsubscribe(OTHER))
+    await quiet()
+    assert len(house.journal.loads) == loads
+    assert not house.shard._watchers
+    assert house.shard._line == 0
+
+
+@pytest.mark.parametrize("error", [None, Unreadable("away")])
+async def test_unsubscribing_stays_behind_a_subscription_that_waits(house: House, error: Exception | None) -> None:
+    await house.put_to_sleep()
+    house.journal.before_load.clear()
+    if error is not None:
+        house.journal.load_errors[AUCTION] = error
+    outlet = Recorder()
+    numbers = house.take(outlet, Subscribe(AUCTION, None, None), Unsubscribe(AUCTION), GET)
+    await quiet()
+    house.journal.before_load.set()
+    await outlet.answer(numbers[2])
+    assert list(outlet.answers) == [numbers[0], numbers[2]]
+    assert isinstance(outlet.answers[numbers[0]], Rejection if error else Subscribed)
+    assert not house.shard._watchers
+    assert house.shard._line == 0
+
+
+async def test_so_many_auctions_are_read_at_once(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard, "WAKING_MAX", 2)
+    house = await start()
+    house.journal.before_load.clear()
+    outlet = Recorder()
+    one, two, three = (UUID(int=number) for number in (1, 2, 3))
+    numbers = house.take(outlet, *(GetAuction(auction, None) for auction in (one, two, three, one)))
+    assert {number: code(answer) for number, answer in outlet.answers.items()} == {numbers[2]: "busy"}
+    house.journal.before_load.set()
+    await outlet.answer(numbers[3])
+    assert house.journal.loads == [one, two]
+    assert code(await house.ask(GetAuction(three, None))) == "not_found"
+
+
+@pytest.mark.parametrize("body", [b"", b"\xc1", "cut off", "no UTF-8"])
+async def test_a_damaged_snapshot_is_done_without(house: House, start: Start, body: bytes | str) -> None:
+    verdict = await house.ask(bid(ANNA, 1_000))
+    await house.put_to_sleep()
+    saved = house.store.snapshots[AUCTION]
+    if body == "cut off":
+        body = saved.body[:-1]
+    elif body == "no UTF-8":
+        body = saved.body.replace(b"A bowl", b"A b\xffwl")
+    assert isinstance(body, bytes)
+    assert body != saved.body
+    house.store.snapshots[AUCTION] = saved._replace(body=body)
+    await house.kill()
+    second = await start(house.store)
+    assert await second.ask(bid(ANNA, 1_000)) == verdict
+    assert accepted(await second.ask(bid(BEN, 2_000))).seq == 3
+
+
+async def test_a_bid_that_was_taken_up_in_time_counts_though_reading_took_past_the_end(house: House) -> None:
+    await house.put_to_sleep()
+    house.journal.before_load.clear()
+    outlet = Recorder()
+    house.now = END - 1
+    (in_time,) = house.take(outlet, bid(ANNA, 1_000))
+    await quiet()
+    house.now = END + 10
+    house.shard._fire()
+    (late, get) = house.take(outlet, bid(BEN, 9_000), GET)
+    house.journal.before_load.set()
+    await outlet.answer(get)
+    assert accepted(outlet.answers[in_time]).at == END - 1
+    assert code(outlet.answers[late]) == "ended"
+    view = viewed(outlet.answers[get])
+    assert (view.snapshot.outcome, view.snapshot.price, view.ended_at) == ("sold", 1_000, END + 10)
+    assert [(row.kind, row.at) for row in house.store.journal[AUCTION].values()] == [
+        ("opened", NOW),
+        ("bid_placed", END - 1),
+        ("ended", END + 10),
+    ]
+
+
+async def test_a_bid_counts_that_was_taken_up_in_time_behind_a_deadline(start: Start) -> None:
+    house = await start()
+    await house.ask(opening(start_time=NOW + 10, end_time=NOW + 20))
+    await house.put_to_sleep()
+    house.journal.before_load.clear()
+    house.now = NOW + 10
+    house.shard._fire()
+    await turns(lambda: len(house.journal.loads) == 2)
+    house.now = NOW + 15
+    outlet = Recorder()
+    (number,) = house.take(outlet, bid(ANNA, 1_000))
+    house.now = NOW + 30
+    house.journal.before_load.set()
+    assert accepted(await outlet.answer(number)).at == NOW + 15
+    await house.at_rest()
+    assert [(row.kind, row.at) for row in house.store.journal[AUCTION].values()] == [
+        ("scheduled", NOW),
+        ("opened", NOW + 15),
+        ("bid_placed", NOW + 15),
+        ("ended", NOW + 30),
+    ]
 
 
 # Deadlines
@@ -583,7 +818,8 @@ async def test_only_what_is_idle_and_committed_goes_to_sleep_with_a_snapshot(hou
     await house.ask(opening(OTHER))
     await house.ask(bid(ANNA, 1_000))
     house.now = NOW + 10
-    await house.ask(GetAuction(OTHER, None))
+    await house.answers(Subscribe(OTHER, None, None), GET)
+    # Whoever only looks keeps nothing awake.
     house.shard.sleep_idle(NOW + 9)
     assert (house.is_awake(AUCTION), house.is_awake(OTHER)) == (False, True)
     await turns(lambda: AUCTION in house.store.snapshots)
@@ -608,6 +844,84 @@ async def test_sleep_without_news_takes_no_second_snapshot(house: House) -> None
     await house.ask(GET)
     await house.put_to_sleep()
     assert house.store.snapshots[AUCTION] is saved
+
+
+async def test_so_many_auctions_stay_awake(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longest unused goes, but never with what is not committed yet."""
+    monkeypatch.setattr(shard, "AWAKE_MAX", 10)
+    house = await start()
+    auctions = [UUID(int=number) for number in range(1, 13)]
+
+    def awake() -> list[UUID]:
+        return [auction for auction in auctions if house.is_awake(auction)]
+
+    for auction in auctions[:10]:
+        house.now += 1
+        await house.ask(opening(auction))
+    assert awake() == auctions[:10]
+    house.now += 1
+    await house.ask(bid(ANNA, 1_000, auction=auctions[0]))
+    await house.ask(opening(auctions[10]))
+    assert awake() == [auctions[0], *auctions[2:11]]
+    await turns(lambda: auctions[1] in house.store.snapshots)
+
+    house.journal.hold()
+    outlet = Recorder()
+    (number,) = house.take(outlet, bid(ANNA, 1_000, auction=auctions[2]))
+    await turns(lambda: len(house.journal.appends) == 13)
+    house.now += 1
+    house.take(outlet, *(Subscribe(auction, None, None) for auction in awake() if auction != auctions[2]))
+    (last,) = house.take(outlet, opening(auctions[11]))
+    await turns(lambda: house.is_awake(auctions[11]))
+    assert house.is_awake(auctions[2])
+    house.journal.let_go()
+    await outlet.answer(last)
+    assert accepted(outlet.answers[number]).seq == 2
+    # What sleeps wakes as it was.
+    assert accepted(await house.ask(bid(BEN, 1_000, auction=auctions[1]))).seq == 2
+    assert accepted(await house.ask(bid(BEN, 2_000, auction=auctions[2]))).seq == 3
+
+
+async def test_snapshots_do_not_hold_up_what_is_acknowledged(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard, "EVENTS_PER_SNAPSHOT", 2)
+    house = await start()
+    await house.ask(opening())
+    house.journal.before_save.clear()
+    # Its turn also takes a snapshot, whose saving goes on long after the answer.
+    assert accepted(await house.ask(bid(ANNA, 1_000))).seq == 2
+    assert house.store.snapshots == {}
+    house.journal.before_save.set()
+    await turns(lambda: AUCTION in house.store.snapshots)
+
+
+async def test_between_two_appends_only_so_many_snapshots_are_saved(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard, "SNAPSHOTS_AT_ONCE", 2)
+    house = await start()
+    auctions = [UUID(int=number) for number in range(1, 6)]
+    await house.answers(*map(opening, auctions))
+    house.now += 1
+    await house.ask(opening())
+    house.journal.log.clear()
+    house.journal.before_save.clear()
+    house.shard.sleep_idle(NOW)
+    await turns(lambda: house.journal.log == ["save 2"])
+    outlet = Recorder()
+    (number,) = house.take(outlet, bid(ANNA, 1_000))
+    house.journal.before_save.set()
+    await outlet.answer(number)
+    await turns(lambda: len(house.store.snapshots) == 5)
+    assert house.journal.log == ["save 2", "append 1", "save 2", "save 1"]
+
+
+async def test_of_two_snapshots_that_wait_the_newer_is_saved(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard, "EVENTS_PER_SNAPSHOT", 1)
+    house = await start()
+    house.take(Recorder(), opening(), bid(ANNA, 1_000), bid(BEN, 2_000))
+    await turns(lambda: AUCTION in house.store.snapshots)
+    assert house.store.snapshots[AUCTION].seq == 3
+    assert house.journal.log == ["append 3", "save 1"]
 
 
 async def test_idle_auctions_are_put_to_sleep_by_themselves(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -645,6 +959,7 @@ async def test_a_snapshot_every_so_many_events_holds_only_what_is_committed(
     assert house.store.snapshots == {}
     house.journal.let_go()
     await outlet.answer(numbers[-1])
+    await turns(lambda: AUCTION in house.store.snapshots)
     saved = house.store.snapshots[AUCTION]
     assert saved.seq == 3
     assert entities.decode_state(saved.body).bidders[ANNA].max_amount == 1_001
@@ -726,6 +1041,9 @@ async def test_who_subscribes_while_bids_wait_gets_them_once(house: House) -> No
     # What came before its `subscribed` is covered by it; after it, nothing is missing.
     after = late.messages[late.messages.index(Answered(topic, answer)) + 1 :]
     assert seqs([message for message in after if isinstance(message, Published)]) == [3]
+    # Nor does it come before it: what was decided earlier is not for this outlet.
+    assert seqs(late.published) == [3]
+    assert seqs(outlet.published) == [2, 3]
 
 
 async def test_a_batch_of_events_is_one_frame(house: House) -> None:
@@ -815,6 +1133,40 @@ async def test_stop_waits_for_a_verdict_that_is_being_read(start: Start, monkeyp
     (number,) = house.take(outlet, bid(ANNA, 1_000))
     await house.shard.stop()
     assert outlet.answers[number] == verdict
+
+
+async def test_stop_waits_for_snapshots_whatever_else_ends_meanwhile(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(entities, "RESUME_EVENTS_MAX", 1)
+    house = await start()
+    _, verdict, _ = await house.answers(opening(), bid(ANNA, 1_000), bid(BEN, 2_000, bid_id=2))
+    house.journal.before_save.clear()
+    outlet = Recorder()
+    (number,) = house.take(outlet, bid(ANNA, 1_000))
+    stopping = asyncio.create_task(house.shard.stop())
+    # The last thing that is asked is answered while the snapshots are on their way.
+    assert await outlet.answer(number) == verdict
+    await quiet()
+    assert not stopping.done()
+    house.journal.before_save.set()
+    await stopping
+    assert house.store.snapshots[AUCTION].seq == 3
+
+
+async def test_who_unsubscribes_while_it_stops_is_not_refused(house: House) -> None:
+    outlet = Recorder()
+    await outlet.answer(*house.take(outlet, Subscribe(AUCTION, None, None)))
+    outlet.messages.clear()
+    house.journal.hold()
+    house.take(Recorder(), bid(ANNA, 1_000))
+    await turns(lambda: len(house.journal.appends) == 2)
+    stopping = asyncio.create_task(house.shard.stop())
+    await quiet()
+    house.take(outlet, Unsubscribe(AUCTION))
+    house.journal.let_go()
+    await stopping
+    assert outlet.messages == []
 
 
 async def test_a_shard_with_nothing_to_do_stops(start: Start) -> None:

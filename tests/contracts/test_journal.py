@@ -10,6 +10,7 @@ import asyncpg
 import pytest
 
 from actors.directory import Directory, slot_of
+from actors.entities import NO_SNAPSHOT
 from actors.journal import (
     EntityRow,
     Fenced,
@@ -225,12 +226,12 @@ async def test_an_old_incarnation_can_do_nothing(store: Store) -> None:
     with pytest.raises(Fenced):
         await old.check()
     with pytest.raises(Fenced):
-        await old.save_snapshot(snapshot_at(1))
+        await old.save_snapshots([snapshot_at(1)])
     assert await new.load(A, 1) == (None, [event(1)], [])
     assert await store.private(A) == []
     await new.check()
     await new.append([event(2)], [])
-    await new.save_snapshot(snapshot_at(2))
+    await new.save_snapshots([snapshot_at(2)])
 
 
 async def test_a_takeover_of_another_shard_fences_nobody(store: Store) -> None:
@@ -287,7 +288,7 @@ async def test_an_entity_is_loaded_from_its_snapshot_and_what_came_after(journal
     last = RESUME_EVENTS_MAX + 20
     rows = [event(seq, command_id=b"%d" % seq if seq % 500 == 1 else None) for seq in range(1, last + 1)]
     await journal.append(rows, [indexed()])
-    await journal.save_snapshot(snapshot_at(last - 5))
+    await journal.save_snapshots([snapshot_at(last - 5)])
     loaded = await journal.load(A, 1)
     assert loaded.snapshot == snapshot_at(last - 5)
     # Also what a subscriber may have missed, and every command however old.
@@ -297,17 +298,35 @@ async def test_an_entity_is_loaded_from_its_snapshot_and_what_came_after(journal
 
 async def test_a_snapshot_only_grows(journal: Journal) -> None:
     await journal.append([event(seq) for seq in range(1, 10)], [indexed()])
-    await journal.save_snapshot(snapshot_at(5))
-    await journal.save_snapshot(snapshot_at(3))
-    await journal.save_snapshot(snapshot_at(5)._replace(body=b"another"))
+    await journal.save_snapshots([snapshot_at(5)])
+    await journal.save_snapshots([snapshot_at(3)])
+    await journal.save_snapshots([snapshot_at(5)._replace(body=b"another")])
     assert (await journal.load(A, 1)).snapshot == snapshot_at(5)
-    await journal.save_snapshot(snapshot_at(6))
+    await journal.save_snapshots([snapshot_at(6)])
     assert (await journal.load(A, 1)).snapshot == snapshot_at(6)
+
+
+async def test_snapshots_of_several_are_saved_together_each_for_itself(journal: Journal) -> None:
+    rows = [event(seq, entity) for entity in (A, B) for seq in range(1, 10)]
+    await journal.append(rows, [indexed(), indexed(B)])
+    await journal.save_snapshots([snapshot_at(5), snapshot_at(2)._replace(entity_id=B)])
+    # One of the two is older than what is there: the other is saved all the same.
+    await journal.save_snapshots([snapshot_at(4), snapshot_at(7)._replace(entity_id=B)])
+    assert (await journal.load(A, 1)).snapshot == snapshot_at(5)
+    assert (await journal.load(B, 1)).snapshot == snapshot_at(7)._replace(entity_id=B)
+
+
+async def test_without_a_snapshot_all_is_read(journal: Journal) -> None:
+    last = RESUME_EVENTS_MAX + 20
+    rows = [event(seq) for seq in range(1, last + 1)]
+    await journal.append(rows, [indexed()])
+    await journal.save_snapshots([snapshot_at(last)])
+    assert await journal.load(A, NO_SNAPSHOT) == (None, rows, [])
 
 
 async def test_a_snapshot_of_another_version_is_ignored(journal: Journal) -> None:
     await journal.append([event(1), event(2)], [indexed()])
-    await journal.save_snapshot(snapshot_at(1, version=2))
+    await journal.save_snapshots([snapshot_at(1, version=2)])
     loaded = await journal.load(A, 1)
     assert (loaded.snapshot, len(loaded.rows)) == (None, 2)
     assert (await journal.load(A, 2)).snapshot == snapshot_at(1, version=2)
@@ -383,7 +402,7 @@ async def test_postgres_every_write_is_a_sign_of_life(postgres: Postgres) -> Non
         journal.append([event(1)], []),
         journal.append([event(2)], [indexed()]),
         journal.check(),
-        journal.save_snapshot(snapshot_at(2)),
+        journal.save_snapshots([snapshot_at(2)]),
     ):
         await postgres.pool.execute("UPDATE shards SET alive_at = '-infinity'")
         await write

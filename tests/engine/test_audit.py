@@ -206,6 +206,45 @@ def test_time_given_back_after_an_outage(journal: Journal) -> None:
     given = Extended(END + 60_000, END + 210_000, "outage")
     rows = inserted(journal.rows[:3], 3, given, NOW + 10_000)
     assert verdict(rows) is None
+    # The cap on soft closing moves along, or stays.
+    cap = END + SOFT_CLOSE.max_extension_ms
+    assert given == Extended(END + 60_000, cap + 60_000, "outage")
+    for end_time, end_time_max in ((END + 1, cap), (END, cap)):
+        assert verdict(inserted(journal.rows[:3], 3, Extended(end_time, end_time_max, "outage"), NOW + 10_000)) is None
+
+
+def test_time_given_back_where_there_is_no_soft_close() -> None:
+    rows = Journal(soft_close=None).rows
+    assert verdict(inserted(rows, 1, Extended(END + 1, None, "outage"), NOW + 10)) is None
+    check(inserted(rows, 1, Extended(END + 1, END + 5, "outage"), NOW + 10), "an outage gives time")
+
+
+@pytest.mark.parametrize(
+    ("gained", "cap_moved"), [(-1, 0), (-1, -1), (60_000, 59_999), (60_000, 60_001), (60_000, -1), (0, 1), (1, None)]
+)
+def test_an_outage_only_gives_time(journal: Journal, gained: int, cap_moved: int | None) -> None:
+    end_time_max = None if cap_moved is None else END + SOFT_CLOSE.max_extension_ms + cap_moved
+    given = Extended(END + gained, end_time_max, "outage")
+    rows = inserted(journal.rows[:3], 3, given, NOW + 10_000)
+    check(rows, "event 4 (extended): an outage gives time, and moves the cap along")
+
+
+def test_an_outage_gives_nothing_to_what_is_not_on(journal: Journal) -> None:
+    given = Extended(END + 300_000, END + 400_000, "outage")
+    check(inserted(journal.rows, 6, given, END + 300_000), "event 7 (extended): nothing brought it about")
+    check(sealed([row_of(given, 1, NOW, None)]), "event 1 (extended): nothing brought it about")
+    scheduled = Journal(start_time=NOW + 10, soft_close=SOFT_CLOSE).rows
+    check(inserted(scheduled, 1, given, NOW + 5), "event 2 (extended): nothing brought it about")
+
+
+@pytest.mark.parametrize("start_time", [None, NOW + 10])
+def test_the_opening_of_another_auction_is_not_taken_over(start_time: int | None) -> None:
+    """A forger may have copied a whole auction under an id of its own."""
+    journal = Journal(start_time=start_time)
+    journal.do(None, NOW + 10)
+    other = UUID(int=1)
+    copied = sealed([row._replace(entity_id=other) for row in journal.rows])
+    check(copied, f"event 1 ({journal.rows[0].kind}) is that of another auction, {AUCTION}")
 
 
 def test_random_histories(randomness: random.Random) -> None:

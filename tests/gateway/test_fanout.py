@@ -11,6 +11,7 @@ import pytest
 from actors.messages import Answer, Payload, Published, Subscribe, Subscribed, Unsubscribe
 from engine.auction import Snapshot
 from engine.rejections import Rejection
+from gateway import fanout
 from gateway.fanout import SLICE_SOCKETS, Fanout
 from tests.support.waiting import quiet, turns
 
@@ -65,12 +66,14 @@ class Socket:
 
     def __init__(self) -> None:
         self.log: list[Any] = []
+        self.frames: list[list[int]] = []
         self.is_behind = False
 
     def send(self, frame: bytes) -> None:
         message = json.loads(frame)
         assert message["type"] == "events"
-        self.log += [event["seq"] for event in message["events"]]
+        self.frames.append([event["seq"] for event in message["events"]])
+        self.log += self.frames[-1]
 
     def fall_behind(self) -> None:
         self.is_behind = True
@@ -161,10 +164,30 @@ async def test_what_came_already_is_not_sent_again(hall: Hall) -> None:
     assert socket.log == ["at 5", 6]
 
 
-async def test_a_hole_is_a_fault_and_breaks_the_link(hall: Hall) -> None:
-    hall.watch(5)
-    with pytest.raises(AssertionError, match="lost events"):
-        hall.publish(7, 7)
+async def test_a_hole_is_asked_for(hall: Hall, caplog: pytest.LogCaptureFixture) -> None:
+    one, two = hall.watch(5), hall.watch(5)
+    hall.shards.pop()
+    hall.publish(7, 7)
+    hall.publish(8, 8)
+    assert hall.shards.pop() == [Subscribe(TOPIC, None, 5)]
+    assert "events 6 to 6 are missing" in caplog.text
+    hall.shards.answer(recovered(6, 8))
+    hall.publish(9, 9)
+    await quiet()
+    assert one.log == two.log == ["at 5", 6, 7, 8, 9]
+    assert not one.is_behind
+
+
+async def test_who_subscribed_within_what_was_asked_for_comes_back(hall: Hall) -> None:
+    """Of events that came as one piece none can be left out: better closed than told twice."""
+    one, late = hall.watch(5), Socket()
+    hall.ask(late)
+    hall.publish(8, 8)
+    hall.shards.answer(at(7))
+    hall.shards.answer(recovered(6, 9))
+    await quiet()
+    assert one.log == ["at 5", 6, 7, 8, 9]
+    assert (late.log, late.is_behind) == (["at 7"], True)
 
 
 async def test_events_of_what_nobody_watches_are_let_go(hall: Hall) -> None:
@@ -257,6 +280,10 @@ async def test_who_unsubscribes_and_subscribes_again_before_the_answer_watches_o
     await quiet()
     assert socket.log == ["at 5", "at 5", 6]
     assert hall.shards.pop() == []
+    # The answer to the first does not make it forget that this socket watches.
+    hall.fanout.drop(socket)
+    assert hall.shards.pop() == [Unsubscribe(TOPIC)]
+    assert hall.fanout._topics == {}
 
 
 async def test_two_subscriptions_of_one_socket_are_one_watch(hall: Hall) -> None:
@@ -301,6 +328,59 @@ async def test_who_comes_or_goes_between_slices_gets_what_is_its_own(hall: Hall)
     await quiet()
     assert gone.log == ["at 5"]
     assert late.log == ["at 7", 8]
+
+
+async def test_what_waits_goes_out_as_one_frame(hall: Hall) -> None:
+    socket = hall.watch(5)
+    for seq in range(6, 10):
+        hall.publish(seq, seq)
+    await quiet()
+    assert socket.log == ["at 5", 6, 7, 8, 9]
+    # The first went at once, and the others gathered behind it.
+    assert socket.frames == [[6], [7, 8, 9]]
+
+
+async def test_who_subscribed_between_events_that_wait_gets_those_after_it(hall: Hall) -> None:
+    one = hall.watch(5)
+    hall.publish(6, 6)
+    hall.publish(7, 8)
+    late, later = hall.watch(8), Socket()
+    hall.publish(9, 9)
+    hall.ask(later)
+    hall.shards.answer(at(9))
+    hall.publish(10, 10)
+    hall.publish(11, 12)
+    await quiet()
+    assert (one.log, one.frames) == (["at 5", 6, 7, 8, 9, 10, 11, 12], [[6], [7, 8, 9, 10, 11, 12]])
+    assert (late.log, late.frames) == (["at 8", 9, 10, 11, 12], [[9, 10, 11, 12]])
+    assert (later.log, later.frames) == (["at 9", 10, 11, 12], [[10, 11, 12]])
+    hall.publish(13, 13)
+    assert [socket.frames[-1] for socket in (one, late, later)] == [[13]] * 3
+
+
+async def test_so_much_may_wait_for_a_topics_sockets(hall: Hall, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fanout, "TOPIC_QUEUE_BYTES_MAX", len(events(10, 12)))
+    one, two, other = hall.watch(8), hall.watch(8), hall.watch(5, OTHER)
+    hall.publish(9, 9)
+    hall.publish(10, 11)
+    hall.publish(12, 12)
+    hall.publish(6, 6, OTHER)
+    hall.publish(7, 7, OTHER)
+    await quiet()
+    hall.publish(13, 13)
+    hall.publish(14, 16)
+    assert not one.is_behind
+    hall.publish(17, 17)
+    assert [socket.is_behind for socket in (one, two, other)] == [True, True, False]
+    await quiet()
+    assert one.log == ["at 8", 9, 10, 11, 12, 13]
+    hall.fanout.drop(one)
+    hall.fanout.drop(two)
+    again = hall.watch(17)
+    hall.publish(18, 18)
+    await quiet()
+    assert again.log == ["at 17", 18]
+    assert other.log == ["at 5", 6, 7]
 
 
 # When a link was broken
@@ -389,7 +469,16 @@ async def test_watchers_of_a_topic_that_cannot_be_caught_up_with_are_sent_to_com
     hall: Hall, refusal: Rejection
 ) -> None:
     """Nothing more would come for them on this link: silence would look like an auction without bids."""
-    socket = hall.watch(5)
+    one, two, elsewhere, late = hall.watch(5), hall.watch(5), hall.watch(5, OTHER), Socket()
+    hall.ask(late)
     hall.fanout.resubscribe(1)
-    hall.shards.answer(refusal)
-    assert socket.is_behind
+    hall.shards.answer(refusal, index=1)
+    assert [socket.is_behind for socket in (one, two, elsewhere, late)] == [True, True, False, False]
+    # They go, as sockets that are closed do; whoever asked meanwhile has an answer of its own to come.
+    hall.fanout.drop(one)
+    hall.fanout.drop(two)
+    hall.publish(8, 8)
+    hall.shards.answer(at(8))
+    hall.publish(9, 9)
+    await quiet()
+    assert (one.log, late.log) == (["at 5"], ["at 8", 9])

@@ -319,14 +319,32 @@ def test_subscriptions_are_bounded_and_the_same_one_counts_once(anna: Client) ->
     assert isinstance(anna.subscribes(), Subscribe)
 
 
-def test_the_same_subscription_cannot_pile_up_unanswered(anna: Client) -> None:
-    pending = [anna.subscribes().pending for _ in range(SUBSCRIPTIONS_MAX)]
+def test_a_topic_has_one_unanswered_subscription(anna: Client) -> None:
+    first = anna.subscribes(ref=1)
+    error = anna.subscribes(ref=2)
 
+    assert (error["type"], error["code"], error["ref"]) == ("error", "too_many", 2)
+    [frame] = read(anna.session.subscribed(first.pending, SUBSCRIBED))
+    assert (frame["type"], frame["ref"]) == ("subscribed", 1)
+    again = anna.subscribes(ref=3)
+    assert anna.subscribes(ref=4)["code"] == "too_many"
+    [frame] = read(anna.session.subscribed(again.pending, SUBSCRIBED))
+    assert (frame["type"], frame["ref"]) == ("subscribed", 3)
+
+
+def test_what_is_asked_for_and_left_again_and_again_is_bounded(anna: Client) -> None:
+    pending = []
+    for _ in range(SUBSCRIPTIONS_MAX):
+        pending.append(anna.subscribes().pending)
+        anna.says(op="unsubscribe", topic=TOPIC)
+
+    other = f"auction:{UUID(int=5)}"
     assert anna.subscribes()["code"] == "too_many"
-    for one in pending:
-        [frame] = read(anna.session.subscribed(one, SUBSCRIBED))
-        assert frame["type"] == "subscribed"
+    assert anna.subscribes(other)["code"] == "too_many"
+    # Also the answer to a cancelled one makes room.
+    assert anna.session.subscribed(pending[0], SUBSCRIBED) == []
     assert isinstance(anna.subscribes(), Subscribe)
+    assert anna.subscribes(other)["code"] == "too_many"
 
 
 def test_a_subscription_survives_the_refusal_of_its_repetition(anna: Client) -> None:
@@ -336,12 +354,15 @@ def test_a_subscription_survives_the_refusal_of_its_repetition(anna: Client) -> 
     assert anna.says(op="unsubscribe", topic=TOPIC)[0] == Unsubscribe(AUCTION)
 
 
-def test_the_refusal_of_the_first_of_two_leaves_the_second(anna: Client) -> None:
-    first, second = anna.subscribes(ref=1), anna.subscribes(ref=2)
-    anna.session.subscribed(first.pending, Rejection("unavailable", "Later."))
+def test_the_refusal_of_a_cancelled_one_leaves_the_next(anna: Client) -> None:
+    first = anna.subscribes(ref=1)
+    anna.says(op="unsubscribe", topic=TOPIC)
+    second = anna.subscribes(ref=2)
+    assert anna.session.subscribed(first.pending, Rejection("unavailable", "Later.")) == []
     [frame] = read(anna.session.subscribed(second.pending, SUBSCRIBED))
 
     assert (frame["type"], frame["ref"]) == ("subscribed", 2)
+    assert anna.says(op="unsubscribe", topic=TOPIC)[0] == Unsubscribe(AUCTION)
 
 
 def test_unsubscribing(anna: Client) -> None:

@@ -12,7 +12,9 @@ import picows
 import pytest
 
 from actors import link as link_module
+from actors import shard as shard_module
 from actors.directory import Owner
+from actors.journal import Unreadable
 from actors.link import Link, LinkServer, send
 from actors.memory import MemoryStore
 from actors.messages import (
@@ -37,9 +39,12 @@ from actors.messages import (
     decode_shard_frame,
     proof,
 )
+from engine import auction
+from engine.commands import EndAuction, PlaceBid
 from engine.limits import LINK_BATCH_MAX
 from engine.rejections import Rejection
-from tests.engine.support import ANNA, AUCTION, BEN
+from gateway.fanout import Fanout
+from tests.engine.support import ANNA, AUCTION, BEN, MAKER, REQUEST
 from tests.support.shards import House, Recorder, bid, opening
 from tests.support.waiting import until
 
@@ -67,8 +72,11 @@ class Site:
         self.lookups += 1
         return self.owner
 
-    async def start_shard(self, *, secret: bytes = SECRET, number: int = NUMBER) -> House:
+    async def start_shard(
+        self, *, secret: bytes = SECRET, number: int = NUMBER, prepare: Callable[[House], None] = lambda _: None
+    ) -> House:
         house = House(self.store)
+        prepare(house)
         await house.shard.start()
         server = LinkServer(house.shard, number, house.epoch, secret)
         self.owner = Owner(NUMBER, house.epoch, await server.listen("127.0.0.1"))
@@ -80,6 +88,11 @@ class Site:
         """The process is gone; its address stands in the directory until the next one takes over."""
         self.servers[-1].close()
         await self.houses[-1].kill()
+
+    async def kill_shard_and_notice(self) -> None:
+        """The process is gone, and every link to it has broken."""
+        await self.kill_shard()
+        await until(lambda: not any(link.is_open for link in self.links))
 
     def link(self, secret: bytes = SECRET) -> Link:
         link = Link(
@@ -248,6 +261,27 @@ async def test_a_gateway_that_does_not_read_is_cut_off_and_comes_back(
     monkeypatch.setattr(link_module, "LINK_WRITE_BYTES_MAX", 1 << 20)
     assert accepted((await asker.all())[0]).seq == 2
     assert bids(site.store) == [2]
+
+
+async def test_many_large_answers_do_not_make_too_large_a_frame(
+    site: Site, asker: Asker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house = site.houses[-1]
+    house.take(Recorder(), *(bid(BEN if n % 2 else ANNA, 1_000 + 500 * n, bid_id=n) for n in range(999)))
+    await house.at_rest()
+    # New links take frames of 2 MiB; the answers to come have several times as much.
+    monkeypatch.setattr(link_module, "LINK_FRAME_BYTES_MAX", 2 * 1024 * 1024)
+    link = site.link()
+    await link.opened()
+    many = Asker(link)
+    many.submit(*[Subscribe(AUCTION, None, 0)] * 40, GET)
+    answers = await many.all()
+    assert isinstance(answers[-1], AuctionView)
+    sizes = [len(answer.events or b"") for answer in answers[:-1] if isinstance(answer, Subscribed)]
+    assert len(sizes) == 40
+    assert sum(sizes) > 2 * 2 * 1024 * 1024
+    assert site.opened == [NUMBER, NUMBER]
+    assert link.is_open
 
 
 # Who may
@@ -429,6 +463,7 @@ BATCH = Batch([Request(1, bid(ANNA, 1_000))])
         msgspec.msgpack.encode(["batch", [[1, ["bid", "no uuid"]]]]),
         msgspec.msgpack.encode(["welcome", b""]),
         msgspec.msgpack.encode(["proof", "gateway", bytes(32), bytes(32)]),
+        msgspec.msgpack.encode(["proof", "gateway", bytes(32), bytes(32)]).replace(b"gate", b"\xff\xff\xff\xff"),
         msgspec.msgpack.encode(BATCH, enc_hook=str),
     ],
 )
@@ -490,6 +525,30 @@ async def test_output_before_the_welcome_is_passed_over(site: Site) -> None:
     assert site.published == []
 
 
+@pytest.mark.parametrize("what", ["nothing", "text"])
+async def test_who_never_proves_itself_is_closed(site: Site, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    await site.start_shard()
+    monkeypatch.setattr(link_module, "LINK_GREETING_MS", 100)
+    client = await Client.connect(site)
+    if what == "text":
+        client.transport.send(picows.WSMsgType.TEXT, b"no proof")
+    await client.closed.wait()
+    await until(lambda: not site.servers[-1].ends)
+    assert len(client.frames) == 1
+
+
+async def test_who_has_proved_itself_has_all_the_time(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    await site.start_shard()
+    monkeypatch.setattr(link_module, "LINK_GREETING_MS", 1_000)
+    proved = await Client.connect(site)
+    await proved.prove()
+    # This one connects later, and is closed when the first one's time has passed as well.
+    late = await Client.connect(site)
+    await late.closed.wait()
+    assert not proved.closed.is_set()
+    assert len(site.servers[-1].ends) == 1
+
+
 # When it breaks
 
 
@@ -514,6 +573,137 @@ async def test_what_was_not_answered_goes_to_the_next_incarnation_and_counts_onc
     assert answers[4].snapshot.bids == 4
     assert bids(site.store) == [2, 3, 4, 5]
     assert site.opened == [NUMBER, NUMBER]
+
+
+async def test_of_what_may_have_been_done_nobody_says_that_it_was_not(site: Site, asker: Asker) -> None:
+    """Committed, but not acknowledged; and the next incarnation cannot read the auction to find that out."""
+    first = site.houses[-1]
+    first.journal.after_append.clear()
+    asker.submit(bid(ANNA, 1_000))
+    await until(lambda: bids(site.store) == [2])
+    await site.kill_shard_and_notice()
+    # These are sent for the first time, so that a refusal is what it says.
+    asker.submit(bid(BEN, 2_000, bid_id=2), GET)
+
+    def make_unreadable(house: House) -> None:
+        house.journal.load_errors[AUCTION] = Unreadable("away")
+
+    second = await site.start_shard(prepare=make_unreadable)
+    answers = await asker.all()
+    assert [code(answer) for answer in answers] == ["outcome_unknown", "unavailable", "unavailable"]
+    assert isinstance(answers[0], Rejection)
+    assert answers[0].is_transient
+    del second.journal.load_errors[AUCTION]
+    asker.submit(bid(ANNA, 1_000))
+    assert accepted((await asker.all())[-1]).seq == 2
+    assert bids(site.store) == [2]
+
+
+async def test_what_is_sent_again_and_meets_a_full_line_may_have_been_done(
+    site: Site, asker: Asker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = site.houses[-1]
+    first.journal.after_append.clear()
+    asker.submit(bid(ANNA, 1_000), GET)
+    await until(lambda: bids(site.store) == [2])
+    await site.kill_shard_and_notice()
+    monkeypatch.setattr(shard_module, "SHARD_LINE_MAX", 0)
+    await site.start_shard()
+    assert [code(answer) for answer in await asker.all()] == ["outcome_unknown", "busy"]
+    # What was sent once only is refused in plain words.
+    asker.submit(bid(ANNA, 1_000))
+    assert code((await asker.all())[-1]) == "busy"
+
+
+async def test_a_verdict_on_what_is_sent_again_is_a_verdict(site: Site, asker: Asker) -> None:
+    first = site.houses[-1]
+    first.journal.hold()
+    asker.submit(bid(ANNA, 1_000), bid(BEN, 2, bid_id=2))
+    await until(lambda: first.shard._line == 2)
+    await site.kill_shard_and_notice()
+    await site.start_shard()
+    answers = await asker.all()
+    assert (accepted(answers[0]).seq, code(answers[1])) == (2, "bid_too_low")
+
+
+class Screen:
+    """A socket that keeps the numbers of the events that it is shown."""
+
+    def __init__(self) -> None:
+        self.log: list[Any] = []
+
+    def send(self, frame: bytes) -> None:
+        self.log += [event["seq"] for event in msgspec.json.decode(frame)["events"]]
+
+    def fall_behind(self) -> None:
+        self.log.append("behind")
+
+    def subscribed(self, answer: Subscribed | Rejection) -> None:
+        self.log.append(f"at {answer.seq}" if isinstance(answer, Subscribed) else answer.code)
+
+
+@pytest.mark.parametrize("is_new_incarnation", [False, True])
+async def test_who_is_asked_for_anew_while_older_turns_are_on_their_way_gets_nothing_twice(
+    site: Site, is_new_incarnation: bool
+) -> None:
+    house = await site.start_shard()
+    await house.ask(opening())
+
+    class Shards:
+        def submit(self, payload: Payload, on_answer: Callable[[Answer], None]) -> None:
+            link.submit(payload, on_answer)
+
+        def shard_of(self, entity_id: UUID) -> int:
+            return NUMBER
+
+    def take_up(shard: int) -> None:
+        site.opened.append(shard)
+        fanout.resubscribe(shard)
+
+    fanout = Fanout(Shards())
+    link = Link(
+        gateway="gateway",
+        shard=NUMBER,
+        secret=SECRET,
+        find_owner=site.find_owner,
+        on_published=fanout.published,
+        on_open=take_up,
+    )
+    site.links.append(link)
+    await link.opened()
+    asker, screen = Asker(link), Screen()
+    fanout.subscribe(AUCTION, None, None, screen, screen.subscribed)
+    await until(lambda: screen.log == ["at 1"])
+
+    house.journal.hold()
+    asker.submit(bid(ANNA, 1_000))
+    await until(lambda: len(house.journal.appends) == 2)
+    asker.submit(bid(BEN, 2_000, bid_id=2))
+    await until(lambda: house.shard._line == 2)
+    if is_new_incarnation:
+        await site.kill_shard_and_notice()
+        house = await site.start_shard(prepare=lambda house: house.journal.hold())
+        await until(lambda: len(house.journal.appends) == 1)
+    for end in list(site.servers[-1].ends):
+        end.close()
+    # A turn is on its way to the journal; behind it waits one with the answer to the new link's subscription.
+    await until(lambda: list(house.shard._watchers.get(AUCTION, {}).values()) == [3])
+    opened = len(site.opened)
+    asker.submit(bid(ANNA, 3_000, bid_id=3))
+    await until(lambda: house.shard._awake[AUCTION].seq == 4)
+    line, late = house.shard._line, Screen()
+    fanout.subscribe(AUCTION, None, None, late, late.subscribed)
+    await until(lambda: house.shard._line == line + 1)
+    asker.submit(bid(BEN, 4_000, bid_id=4))
+    await until(lambda: house.shard._awake[AUCTION].seq == 5)
+    house.journal.let_go()
+    assert [accepted(answer).seq for answer in await asker.all()] == [2, 3, 4, 5]
+    await until(lambda: screen.log[-1] == 5)
+    assert screen.log == ["at 1", 2, 3, 4, 5]
+    await until(lambda: late.log[-1:] == [5])
+    assert late.log == ["at 4", 5]
+    assert len(site.opened) == opened == (3 if is_new_incarnation else 2)
+    assert link.is_open
 
 
 async def test_a_bid_that_waits_while_no_shard_is_there_is_placed_when_one_comes(site: Site) -> None:
@@ -575,6 +765,72 @@ async def test_a_command_in_flight_at_two_deaths_is_not_sent_again(site: Site, a
     assert third.deaths == []
 
 
+async def test_a_poisonous_command_is_only_asked_for_after_two_deaths(
+    site: Site, asker: Asker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decide(state: Any, command: Any, now: int) -> Any:
+        if isinstance(command, PlaceBid) and command.amount == 666_666:
+            raise ZeroDivisionError("a bug in the rules")
+        return auction.decide(state, command, now)
+
+    monkeypatch.setattr(shard_module, "decide", decide)
+    asker.submit(bid(ANNA, 666_666))
+    for _ in range(2):
+        await site.houses[-1].died.wait()
+        assert "a bug in the rules" in site.houses[-1].deaths[0]
+        await site.kill_shard_and_notice()
+        if len(site.houses) == 1:
+            await site.start_shard()
+    asker.submit(bid(BEN, 5_000))
+    third = await site.start_shard()
+    poisonous, other = await asker.all()
+    assert isinstance(poisonous, Rejection)
+    assert (poisonous.code, poisonous.is_transient) == ("internal", False)
+    assert accepted(other).seq == 2
+    assert third.deaths == []
+    assert site.opened == [NUMBER] * len(site.opened)
+
+
+async def test_what_was_done_before_two_deaths_is_told_without_doing_it_again(site: Site, asker: Asker) -> None:
+    end = EndAuction(auction=AUCTION, caller=MAKER, role="admin", request_id=REQUEST, reason="Over.")
+    house = site.houses[-1]
+    house.journal.after_append.clear()
+    asker.submit(bid(ANNA, 1_000), end, opening(), GET)
+    await until(lambda: len(site.store.journal[AUCTION]) == 3)
+    await site.kill_shard_and_notice()
+
+    def hold_reading(house: House) -> None:
+        house.journal.before_load.clear()
+
+    for _ in range(2):
+        # Not even the question what became of it outlives these.
+        house = await site.start_shard(prepare=hold_reading)
+        await until(lambda house=house: AUCTION in house.shard._waking)  # type: ignore[misc]
+        await site.kill_shard_and_notice()
+    await site.start_shard()
+    await until(lambda: len(asker.answers) == 4)
+    answers = dict(asker.answers)
+    assert accepted(answers[0]).seq == 2
+    for view in (answers[1], answers[2]):
+        assert isinstance(view, AuctionView)
+        assert (view.seq, view.snapshot.status) == (3, "ended")
+    # A question is not asked for ever.
+    assert isinstance(answers[3], Rejection)
+    assert (answers[3].code, answers[3].is_transient) == ("internal", True)
+    assert [row.kind for row in site.store.journal[AUCTION].values()] == ["opened", "bid_placed", "ended"]
+
+
+async def test_who_came_while_the_shard_was_away_was_at_no_death(site: Site, asker: Asker) -> None:
+    await site.kill_shard_and_notice()
+    asker.submit(bid(ANNA, 1_000))
+    second = await site.start_shard(prepare=lambda house: house.journal.hold())
+    await until(lambda: second.shard._line == 1)
+    await site.kill_shard_and_notice()
+    await site.start_shard()
+    # It was sent to one that died, and to this one: that is not twice.
+    assert accepted((await asker.all())[0]).seq == 2
+
+
 async def test_a_broken_link_to_the_same_incarnation_is_no_death(site: Site, asker: Asker) -> None:
     house = site.houses[-1]
     house.journal.hold()
@@ -600,10 +856,41 @@ async def test_what_breaks_with_the_link_under_it_is_sent_on_the_next(site: Site
     assert isinstance(answers[1], AuctionView)
 
 
-async def test_the_directory_may_be_away(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_one_clients_trouble_with_its_answer_is_not_the_links(
+    site: Site, asker: Asker, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(answer: Answer) -> None:
+        raise ZeroDivisionError("a bug in a gateway")
+
+    asker.link.submit(GET, fail)
+    asker.submit(GET)
+    assert isinstance((await asker.all())[0], AuctionView)
+    assert "a bug in a gateway" in caplog.text
+    assert site.opened == [NUMBER]
+
+
+async def test_a_link_that_cannot_be_taken_up_is_tried_again(site: Site, asker: Asker) -> None:
+    opened = 0
+
+    def fail_once(shard: int) -> None:
+        nonlocal opened
+        opened += 1
+        if opened == 1:
+            raise ZeroDivisionError("a bug in a gateway")
+
+    asker.link._on_open = fail_once
+    await site.kill_shard_and_notice()
+    asker.submit(bid(ANNA, 1_000))
+    await site.start_shard()
+    assert accepted((await asker.all())[0]).seq == 2
+    assert opened == 2
+
+
+@pytest.mark.parametrize("error", [ConnectionRefusedError(), ZeroDivisionError("a bug in the directory")])
+async def test_the_directory_may_be_away(site: Site, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     async def fail(shard: int) -> Owner | None:
         site.lookups += 1
-        raise ConnectionRefusedError
+        raise error
 
     find_owner = site.find_owner
     monkeypatch.setattr(site, "find_owner", fail)

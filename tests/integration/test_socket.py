@@ -1,6 +1,7 @@
 """Real sockets: uvicorn and picows in this process, spoken to by the `websockets` client, an independent one."""
 
 import asyncio
+import contextlib
 import json
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -21,8 +22,10 @@ from actors.messages import Answer, BidAccepted, Payload, Subscribed
 from engine.commands import PlaceBid
 from engine.limits import FRAME_BYTES_MAX, SOCKET_WRITE_BYTES_MAX, SUBSCRIPTIONS_MAX
 from engine.rejections import Rejection
-from gateway.socket import ClientSocket, Sink, Sockets, make_protocol
+from gateway import socket as socket_module
+from gateway.socket import ClientSocket, HttpProtocol, Sink, Sockets, make_protocol
 from gateway.tokens import Verifier, issue, make_key_pair
+from tests.support.waiting import until
 
 PRIVATE, PUBLIC = make_key_pair()
 NOW = 1_700_000_000_000
@@ -108,7 +111,7 @@ class Gateway:
         self.sockets = sockets
         self.now = NOW
         protocol = make_protocol(self.router, self.fanout, Verifier(PUBLIC).verify, lambda: self.now, sockets)
-        config = uvicorn.Config(_app, ws=protocol, lifespan="off", log_config=None, http="httptools")
+        config = uvicorn.Config(_app, ws=protocol, lifespan="off", log_config=None, http=HttpProtocol)
         self.server = uvicorn.Server(config)
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
@@ -524,6 +527,46 @@ async def test_plain_http_on_the_same_port(gateway: Gateway) -> None:
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{gateway.port}") as http, gateway.client():
         assert (await http.get("/v1/live")).text == "plain"
         assert (await http.get("/")).text == "plain"
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: "])
+async def test_who_is_slow_with_headers_is_cut_off(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    monkeypatch.setattr(socket_module, "HEADERS_TIMEOUT_MS", 1_000)
+    # Their patience would end before that of the slow one, were it not that they have sent their headers.
+    async with (
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{gateway.port}") as http,
+        gateway.client() as client,
+    ):
+        assert (await http.get("/")).text == "plain"
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        writer.write(sent)
+        async with asyncio.timeout(10):
+            with contextlib.suppress(ConnectionResetError):
+                assert await reader.read() == b""
+        writer.close()
+        await client.send('{"op":"ping"}')
+        assert (await answer(client))["type"] == "pong"
+        assert (await http.get("/")).text == "plain"
+
+
+async def test_who_leaves_before_its_headers_is_forgotten(gateway: Gateway) -> None:
+    made: list[Any] = []
+    server = await asyncio.get_running_loop().create_server(lambda: _watched_protocol(gateway, made), "127.0.0.1", 0)
+    _, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+    writer.write(b"GET / HTTP/1.1\r\n")
+    writer.close()
+    await until(lambda: bool(made) and made[0]._patience.cancelled())
+    server.close()
+    await server.wait_closed()
+
+
+def _watched_protocol(gateway: Gateway, made: list[Any]) -> HttpProtocol:
+    config, state = gateway.server.config, gateway.server.server_state
+    made.append(HttpProtocol(config, state, {}))
+    protocol: HttpProtocol = made[-1]
+    return protocol
 
 
 async def test_the_subprotocol_is_echoed_and_compression_is_not(gateway: Gateway) -> None:

@@ -8,9 +8,9 @@ from uuid import UUID
 
 from actors.journal import EntityRow, Loaded, Row, SnapshotRow
 from actors.memory import MemoryJournal, MemoryStore
-from actors.messages import Answer, Answered, Payload, Published, Request
+from actors.messages import Answer, Answered, Payload, Published, Recall, Request
 from actors.shard import Shard
-from engine.commands import OpenAuction, PlaceBid
+from engine.commands import CancelAuction, EndAuction, OpenAuction, PlaceBid, command_id
 from engine.limits import SLOTS
 from tests.engine.support import AUCTION, MAKER, NOW, REQUEST, make_terms
 from tests.support.waiting import turns
@@ -39,6 +39,10 @@ class ControlledJournal(MemoryJournal):
         self.snapshot_error: Exception | None = None
         self.read_error: Exception | None = None
         self.load_errors: dict[UUID, Exception] = {}
+        self.before_save = asyncio.Event()
+        self.before_save.set()
+        self.log: list[str] = []
+        """What was written, as it began: `append` or `save`, each with a number of rows."""
 
     def hold(self) -> None:
         """Let no append begin from now on."""
@@ -50,6 +54,7 @@ class ControlledJournal(MemoryJournal):
 
     async def append(self, rows: Sequence[Row], entities: Sequence[EntityRow]) -> None:
         self.appends.append(list(rows))
+        self.log.append(f"append {len(rows)}")
         await self.before_append.wait()
         if self.append_error is not None:
             raise self.append_error
@@ -62,10 +67,12 @@ class ControlledJournal(MemoryJournal):
             raise self.check_error
         await super().check()
 
-    async def save_snapshot(self, snapshot: SnapshotRow) -> None:
+    async def save_snapshots(self, snapshots: Sequence[SnapshotRow]) -> None:
+        self.log.append(f"save {len(snapshots)}")
+        await self.before_save.wait()
         if self.snapshot_error is not None:
             raise self.snapshot_error
-        await super().save_snapshot(snapshot)
+        await super().save_snapshots(snapshots)
 
     async def load(self, entity_id: UUID, snapshot_version: int) -> Loaded:
         self.loads.append(entity_id)
@@ -86,10 +93,12 @@ class Recorder:
     def __init__(self) -> None:
         self.is_gone = False
         self.messages: list[Answered | Published] = []
+        self.deliveries = 0
         self._came = asyncio.Event()
 
     def deliver(self, messages: list[Answered | Published]) -> None:
         self.messages += messages
+        self.deliveries += 1
         self._came.set()
 
     @property
@@ -156,10 +165,13 @@ class House:
     async def put_to_sleep(self) -> None:
         """Put to sleep all that is awake and committed, and let snapshots be saved."""
         self.shard.sleep_idle(self.now)
-        if self.shard._work.is_set():
-            number = self.shard._turn.number
-            await turns(lambda: self.shard._released >= number)
+        snapshots = list(self.shard._turn.snapshots)
+        await turns(lambda: all(self.is_saved(row) for row in snapshots))
         assert not self.is_awake()
+
+    def is_saved(self, snapshot: SnapshotRow) -> bool:
+        saved = self.store.snapshots.get(snapshot.entity_id)
+        return saved is not None and saved.seq >= snapshot.seq
 
     async def kill(self) -> None:
         """What a `kill -9` leaves: nothing that was not in the store."""
@@ -182,3 +194,15 @@ def bid(
 ) -> PlaceBid:
     """A bid; `bid_id` is written as a small number."""
     return PlaceBid(auction=auction, bidder=bidder, bid_id=UUID(int=bid_id), amount=amount, max_amount=up_to)
+
+
+def recall(command: OpenAuction | PlaceBid | EndAuction | CancelAuction) -> Recall:
+    """The question what became of a command."""
+    match command:
+        case PlaceBid():
+            caller = command.bidder
+        case OpenAuction():
+            caller = command.maker
+        case _:
+            caller = command.caller
+    return Recall(command.auction, command_id(command), caller)
