@@ -365,7 +365,7 @@ class Link:
 
     async def _greet(self, address: str, epoch: int) -> "_GatewayEnd | None":
         end = _GatewayEnd(self._gateway, self.shard, epoch, self._secret, self._receive)
-        await picows.ws_connect(
+        transport, _ = await picows.ws_connect(
             lambda _request, _response: end,
             f"ws://{address}/",
             max_frame_size=LINK_FRAME_BYTES_MAX,
@@ -377,7 +377,7 @@ class Link:
                 await end.settled.wait()
         finally:
             if not end.is_open:
-                end.disconnect()
+                transport.disconnect(graceful=False)
         return end if end.is_open else None
 
     def _open(self, end: "_GatewayEnd") -> None:

@@ -4,6 +4,7 @@ The way of a bid is one decode and one encode. Only a message that this refuses 
 field, to say what is wrong with it.
 """
 
+import json
 from collections.abc import Callable
 from typing import Annotated, Any, Final, Literal, NoReturn
 from uuid import UUID
@@ -184,6 +185,8 @@ def _diagnose(data: bytes) -> NoReturn:
     try:
         fields = _decode_fields(data)
     except msgspec.DecodeError as error:
+        if _is_object(data):
+            raise Malformed("bad_request", "A text in it has half of a surrogate pair.") from error
         raise NotProtocol("A message is one JSON object.") from error
     except RecursionError as error:
         raise Malformed("bad_request", "The message is nested too deeply.") from error
@@ -203,6 +206,18 @@ def _diagnose(data: bytes) -> NoReturn:
             raise _unexpected(name, ref, op) from error
     # Each field is fine as it was last given: one of them was given twice.
     raise Malformed("bad_request", "A field is given more than once.", ref=ref, op=op)
+
+
+def _is_object(data: bytes) -> bool:
+    """Whether this is a JSON object by JSON's grammar, which lets half a surrogate pair stand alone in a text."""
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"JSON has no {constant}")
+
+    try:
+        return isinstance(json.loads(data.decode(), parse_constant=refuse), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _own_ref(fields: dict[str, Raw]) -> Ref:

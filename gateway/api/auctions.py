@@ -6,7 +6,7 @@ Amounts are decimals in these bodies and minor units behind this file; what an a
 import asyncio
 from decimal import Decimal
 from secrets import token_bytes
-from typing import Annotated, Literal, NotRequired
+from typing import Annotated, Final, Literal, NotRequired
 from uuid import UUID, uuid4, uuid5
 
 import msgspec
@@ -21,7 +21,9 @@ from engine.commands import CancelAuction, EndAuction, OpenAuction, PlaceBid, So
 from engine.events import Outcome
 from engine.increments import BUILT_IN, Increments, Step, default_increments, flat
 from engine.limits import (
+    AMOUNT_MAX,
     INCREMENT_STEPS_MAX,
+    INTEGER_MAX,
     PAGE_LIMIT_DEFAULT,
     PAGE_LIMIT_MAX,
     REASON_LENGTH_MAX,
@@ -39,11 +41,10 @@ from gateway.api.envelope import (
     Success,
     failures,
     iso,
-    pagination,
     success,
 )
 from gateway.api.values import Amount, Currency, ExactRoute, Moment, MoneyOut, Seconds, Time
-from gateway.catalogue.auctions import list_auctions, list_bids
+from gateway.catalogue.auctions import ListedAuction, list_auctions, list_bids
 
 router = APIRouter(prefix="/auctions", tags=["auctions"], route_class=ExactRoute)
 
@@ -133,6 +134,12 @@ _IdempotencyKey = Annotated[
 # Far beyond every list, and its offset still within Postgres's integers.
 _Page = Annotated[int, Query(ge=1, le=2**31 - 1)]
 _Limit = Annotated[int, Query(ge=1, le=PAGE_LIMIT_MAX)]
+_Cursor = Annotated[
+    str | None,
+    Query(
+        max_length=64, description="A list's `next_cursor`: goes on there, whatever has come since; replaces `page`."
+    ),
+]
 
 
 # What clients get
@@ -233,14 +240,25 @@ async def get_auctions(
     maker_id: UUID | None = None,
     page: _Page = 1,
     limit: _Limit = PAGE_LIMIT_DEFAULT,
+    cursor: _Cursor = None,
 ) -> Response:
     """List auctions, newest first."""
-    ids, total = await list_auctions(edge.pool, status=status, maker=maker_id, page=page, limit=limit)
+    after = None if cursor is None else _read_auctions_cursor(cursor)
+    found, total = await list_auctions(
+        edge.pool, status=status, maker=maker_id, after=after, offset=_offset(page, limit, cursor), limit=limit + 1
+    )
+    listed, has_more = found[:limit], len(found) > limit
     viewer = None if caller is None else caller.user
-    answers = await asyncio.gather(*(edge.router.ask(GetAuction(auction, viewer)) for auction in ids))
+    answers = await asyncio.gather(*(edge.router.ask(GetAuction(one.auction, viewer)) for one in listed))
     data: AuctionList = {
         "auctions": [_show_auction(_view(answer), caller) for answer in answers if not _is_unknown(answer)],
-        "pagination": pagination(page, limit, total),
+        "pagination": {
+            "page": page,
+            "limit": limit,
+            "total": total,
+            "has_more": has_more,
+            "next_cursor": f"{listed[-1].created_at}.{listed[-1].auction}" if has_more else None,
+        },
     }
     return success(request, data)
 
@@ -276,8 +294,8 @@ async def place_bid(
         auction=auction_id,
         bidder=caller.user,
         bid_id=idempotency_key or uuid4(),
-        amount=_read_optional_amount("bid_amount", body.bid_amount, currency),
-        max_amount=_read_optional_amount("max_bid_amount", body.max_bid_amount, currency),
+        amount=_read_bid("bid_amount", body.bid_amount, currency),
+        max_amount=_read_bid("max_bid_amount", body.max_bid_amount, currency),
         currency=body.currency,
     )
     answer = await edge.router.ask(command)
@@ -295,11 +313,14 @@ async def get_bids(
     auction_id: UUID,
     page: _Page = 1,
     limit: _Limit = PAGE_LIMIT_DEFAULT,
+    cursor: _Cursor = None,
 ) -> Response:
     """List an auction's bids, newest first: prices and paddles, no maximum and no name."""
     view = await _ask(edge, GetAuction(auction_id, None))
     currency = view.snapshot.currency
-    bids = await list_bids(edge.pool, auction_id, up_to=view.seq, page=page, limit=limit)
+    up_to = view.seq if cursor is None else _read_bids_cursor(cursor)
+    found = await list_bids(edge.pool, auction_id, up_to=up_to, offset=_offset(page, limit, cursor), limit=limit + 1)
+    bids, has_more = found[:limit], len(found) > limit
     data: BidList = {
         "bids": [
             {
@@ -311,7 +332,13 @@ async def get_bids(
             }
             for bid in bids
         ],
-        "pagination": pagination(page, limit, view.snapshot.bids),
+        "pagination": {
+            "page": page,
+            "limit": limit,
+            "total": view.snapshot.bids,
+            "has_more": has_more,
+            "next_cursor": str(bids[-1].seq - 1) if has_more else None,
+        },
     }
     return success(request, data)
 
@@ -419,11 +446,40 @@ def _read_optional_amount(field: str, amount: Decimal | None, currency: str) -> 
     return None if amount is None else _read_amount(field, amount, currency)
 
 
+def _read_bid(field: str, amount: Decimal | None, currency: str) -> int | None:
+    """A bid that is too large is for the rules to refuse, in their order; how much too large does not matter."""
+    if amount is not None and amount > to_decimal(AMOUNT_MAX, currency):
+        return AMOUNT_MAX + 1
+    return _read_optional_amount(field, amount, currency)
+
+
 def _read_amount(field: str, amount: Decimal, currency: str) -> int:
     try:
         return to_minor(amount, currency)
     except ValueError as problem:
         raise Invalid(field, f"The amount {problem}.") from None
+
+
+def _offset(page: int, limit: int, cursor: str | None) -> int:
+    """A cursor says where to go on by itself; pages count from the newest there is now."""
+    return 0 if cursor is not None else (page - 1) * limit
+
+
+def _read_bids_cursor(cursor: str) -> int:
+    if not cursor.isascii() or not cursor.isdigit() or int(cursor) > INTEGER_MAX:
+        raise Invalid("cursor", _NO_CURSOR)
+    return int(cursor)
+
+
+def _read_auctions_cursor(cursor: str) -> ListedAuction:
+    created_at, _, auction = cursor.partition(".")
+    try:
+        return ListedAuction(UUID(auction), _read_bids_cursor(created_at))
+    except ValueError:
+        raise Invalid("cursor", _NO_CURSOR) from None
+
+
+_NO_CURSOR: Final = "This is no cursor that a list has given; leave it out to begin at the newest."
 
 
 # Showing
@@ -464,12 +520,11 @@ def _show_auction(view: AuctionView, caller: Identity | None) -> AuctionData:
 
 def _show_bid(command: PlaceBid, accepted: BidAccepted, currency: str) -> BidData:
     is_leading = accepted.outcome == "leading"
-    # What the bid stands at: an automatic bid that leads, at the price; any other, at all that it offered.
-    is_below_its_maximum = is_leading and command.max_amount is not None
     return {
         "bid_id": command.bid_id,
         "auction_id": command.auction,
-        "bid_amount": to_decimal(accepted.price if is_below_its_maximum else accepted.max_amount, currency),
+        # All that was offered, an automatic bid's maximum too: only its bidder sees this.
+        "bid_amount": to_decimal(accepted.max_amount, currency),
         "currency": currency,
         "status": "active" if is_leading else "outbid",
         "is_current_high_bid": is_leading,

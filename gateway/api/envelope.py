@@ -88,11 +88,6 @@ class Pagination(TypedDict):
     next_cursor: str | None
 
 
-def pagination(page: int, limit: int, total: int) -> Pagination:
-    """Describe page `page` (from 1) of a list of `total`, `limit` on a page. Such a list has no cursor."""
-    return {"page": page, "limit": limit, "total": total, "has_more": page * limit < total, "next_cursor": None}
-
-
 # Answering
 
 

@@ -19,6 +19,13 @@ TIMEOUT_S: Final = 2.0
 """How long a list may take, waiting for a connection included."""
 
 
+class ListedAuction(NamedTuple):
+    """An auction's place in the list: `created_at` in milliseconds."""
+
+    auction: UUID
+    created_at: int
+
+
 class PlacedBid(NamedTuple):
     """One line of an auction's history, as everybody may see it. `price` in minor units, `at` in milliseconds."""
 
@@ -31,12 +38,12 @@ class PlacedBid(NamedTuple):
 
 # The queries
 
-# Newest first, by one of four indexes: `entities_newest`, `entities_status`, or `entities_owner` for both of its uses.
+# Newest first, by one of the indexes `entities_newest`, `entities_status` and `entities_owner`, read backwards.
 # The conditions are put together from the constants below, so that each combination is planned by itself; an
 # "$1 IS NULL OR status = $1" could lose its index to a generic plan.
 _AUCTIONS: Final = """
-    SELECT entity_id FROM entities WHERE {conditions}
-    ORDER BY created_at DESC, entity_id LIMIT {limit} OFFSET {offset}
+    SELECT entity_id, created_at FROM entities WHERE {conditions}
+    ORDER BY created_at DESC, entity_id DESC LIMIT {limit} OFFSET {offset}
 """
 _AUCTIONS_COUNT: Final = "SELECT count(*) FROM entities WHERE {conditions}"
 
@@ -49,9 +56,15 @@ _BIDS: Final = """
 
 
 async def list_auctions(
-    pool: asyncpg.Pool, *, status: Status | None, maker: UUID | None, page: int, limit: int
-) -> tuple[list[UUID], int]:
-    """The ids on a page (from 1), newest auctions first, and how many there are in all.
+    pool: asyncpg.Pool,
+    *,
+    status: Status | None,
+    maker: UUID | None,
+    after: ListedAuction | None,
+    offset: int,
+    limit: int,
+) -> tuple[list[ListedAuction], int]:
+    """Auctions, newest first, those that come `after` one if it is given, and how many there are in all.
 
     Raises `CatalogueUnavailable`.
     """
@@ -64,20 +77,23 @@ async def list_auctions(
         arguments.append(status)
         conditions.append(f"status = ${len(arguments)}")
     where = " AND ".join(conditions)
-    query = _AUCTIONS.format(conditions=where, limit=f"${len(arguments) + 1}", offset=f"${len(arguments) + 2}")
     async with _reading(pool) as connection:
         total = await connection.fetchval(_AUCTIONS_COUNT.format(conditions=where), *arguments)
-        rows = await connection.fetch(query, *arguments, limit, (page - 1) * limit)
-    return [row["entity_id"] for row in rows], total
+        if after is not None:
+            arguments += [after.created_at, after.auction]
+            where += f" AND (created_at, entity_id) < (${len(arguments) - 1}, ${len(arguments)})"
+        query = _AUCTIONS.format(conditions=where, limit=f"${len(arguments) + 1}", offset=f"${len(arguments) + 2}")
+        rows = await connection.fetch(query, *arguments, limit, offset)
+    return [ListedAuction(*row) for row in rows], total
 
 
-async def list_bids(pool: asyncpg.Pool, auction: UUID, *, up_to: int, page: int, limit: int) -> list[PlacedBid]:
-    """The bids on a page (from 1), newest first, of the auction as it was at seq `up_to`.
+async def list_bids(pool: asyncpg.Pool, auction: UUID, *, up_to: int, offset: int, limit: int) -> list[PlacedBid]:
+    """The bids, newest first, of the auction as it was at seq `up_to`.
 
     A leader that changes its own maximum is no bid here. Raises `CatalogueUnavailable`.
     """
     async with _reading(pool) as connection:
-        rows = await connection.fetch(_BIDS, auction, up_to, limit, (page - 1) * limit)
+        rows = await connection.fetch(_BIDS, auction, up_to, limit, offset)
     bids = []
     for row in rows:
         event = decode(row["kind"], row["version"], row["body"])

@@ -32,9 +32,9 @@ CREATE TABLE entities (
 );
 COMMENT ON TABLE entities IS 'One row an entity, written with the events that change it; due_at is its next deadline.';
 CREATE INDEX entities_due ON entities (slot) INCLUDE (entity_id, due_at) WHERE due_at IS NOT NULL;
-CREATE INDEX entities_newest ON entities (kind, created_at DESC, entity_id);
-CREATE INDEX entities_status ON entities (kind, status, created_at DESC, entity_id);
-CREATE INDEX entities_owner ON entities (owner_id, kind, created_at DESC, entity_id);
+CREATE INDEX entities_newest ON entities (kind, created_at, entity_id);
+CREATE INDEX entities_status ON entities (kind, status, created_at, entity_id);
+CREATE INDEX entities_owner ON entities (owner_id, kind, created_at, entity_id);
 
 CREATE TABLE journal (
     entity_id uuid NOT NULL,

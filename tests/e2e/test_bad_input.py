@@ -545,7 +545,7 @@ async def test_a_strange_title_is_a_title(engine: Engine, stage: Stage, bidder: 
         {"title": "\ud800"},
         {"title": None},
         {"title": 1},
-        {"currency": "XXX?"},
+        {"currency": "ABC?"},
         {"starting_price": 0},
         {"starting_price": -1},
         {"starting_price": "1e3"},

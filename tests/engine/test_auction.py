@@ -635,7 +635,7 @@ def test_terms_within_the_bounds_are_fine(changes: dict[str, Any]) -> None:
         ("title", {"title": "x" * (TITLE_LENGTH_MAX + 1)}),
         ("title", {"title": "x" + " " * TITLE_LENGTH_MAX}),
         ("currency", {"currency": "usd"}),
-        ("currency", {"currency": "XXX"}),
+        ("currency", {"currency": "ABC"}),
         ("starting_price", {"starting_price": 0}),
         ("starting_price", {"starting_price": AMOUNT_MAX + 1}),
         ("reserve_price", {"reserve_price": 0}),

@@ -97,6 +97,20 @@ def test_what_is_no_json_object_is_not_the_protocol(data: bytes) -> None:
         wire.decode(data)
 
 
+@pytest.mark.parametrize("data", [rb'{"op":"ping","x":"\ud800"}', rb'{"op":"bid","bid_id":"\udfff"}'])
+def test_half_a_surrogate_pair_is_a_mistake_in_a_message_of_the_protocol(data: bytes) -> None:
+    """JavaScript makes such texts of emoji that were cut in the middle (RFC 8259, section 8.2)."""
+    with pytest.raises(wire.Malformed) as caught:
+        wire.decode(data)
+    assert caught.value.code == "bad_request"
+
+
+@pytest.mark.parametrize("data", [rb'["\ud800"]', rb'{"op":NaN,"x":"\ud800"}', rb'{"x":"\ud800"'])
+def test_it_makes_no_message_of_what_is_none(data: bytes) -> None:
+    with pytest.raises(wire.NotProtocol):
+        wire.decode(data)
+
+
 NOT_INTEGERS = [
     "1.0",
     "1.5",

@@ -70,12 +70,30 @@ async def test_auctions_are_listed_newest_first_and_page_by_page(world: World, c
     assert (await listed(client))[0] == ids
     first, pages = await listed(client, "?limit=2")
     assert first == ids[:2]
-    assert pages == {"page": 1, "limit": 2, "total": 5, "has_more": True, "next_cursor": None}
+    cursor = pages.pop("next_cursor")
+    assert pages == {"page": 1, "limit": 2, "total": 5, "has_more": True}
     last, pages = await listed(client, "?limit=2&page=3")
     assert last == ids[4:]
     assert pages["has_more"] is False
     beyond, pages = await listed(client, "?page=2147483647&limit=100")
     assert (beyond, pages["total"]) == ([], 5)
+    # A cursor goes on where its list ended, though a newer auction has come.
+    await opened(client)
+    assert (await listed(client, "?limit=2&page=2"))[0] == ids[1:3]
+    third, pages = await listed(client, f"?limit=2&cursor={cursor}")
+    assert third == ids[2:4]
+    last, pages = await listed(client, f"?limit=2&cursor={pages['next_cursor']}")
+    assert (last, pages["has_more"], pages["next_cursor"]) == (ids[4:], False, None)
+
+
+@pytest.mark.parametrize("cursor", ["", "x", "1", "1.x", "-1.", f"1.{MAKER}x", "\u0661", "9" * 30])
+async def test_what_no_list_has_given_is_no_cursor(client: httpx.AsyncClient, cursor: str) -> None:
+    auction = await opened(client)
+    response = await client.get(AUCTIONS, params={"cursor": cursor})
+    assert (response.status_code, response.json()["error"]["details"][0]["field"]) == (422, "cursor")
+    if cursor != "1":
+        response = await client.get(f"{AUCTIONS}/{auction}/bids", params={"cursor": cursor})
+        assert (response.status_code, response.json()["error"]["details"][0]["field"]) == (422, "cursor")
 
 
 async def test_auctions_are_filtered_by_status_and_maker(world: World, client: httpx.AsyncClient) -> None:
@@ -139,7 +157,12 @@ async def test_bids_are_listed_without_names_and_maximums(world: World, client: 
         "pagination": {"page": 1, "limit": 20, "total": 3, "has_more": False, "next_cursor": None},
     }
     assert b'"price":55.00' in response.content
-    second = (await client.get(f"{path}?limit=2&page=2")).json()["data"]
+    first = (await client.get(f"{path}?limit=2")).json()["data"]
+    assert (await client.post(path, json={"bid_amount": 300}, headers=as_user("anna"))).status_code == 201
+    rest = (await client.get(f"{path}?limit=2&cursor={first['pagination']['next_cursor']}")).json()["data"]
+    assert [bid["seq"] for bid in rest["bids"]] == [2]
+    assert (rest["pagination"]["has_more"], rest["pagination"]["next_cursor"]) == (False, None)
+    second = (await client.get(f"{path}?limit=3&page=2")).json()["data"]
     assert [bid["seq"] for bid in second["bids"]] == [2]
     assert second["pagination"]["has_more"] is False
 
@@ -184,7 +207,7 @@ async def test_a_list_does_not_wait_for_ever(pool: asyncpg.Pool, monkeypatch: py
     monkeypatch.setattr(auctions, "TIMEOUT_S", 0.05)
     async with pool.acquire(), pool.acquire():
         with pytest.raises(CatalogueUnavailable):
-            await list_auctions(pool, status=None, maker=None, page=1, limit=20)
+            await list_auctions(pool, status=None, maker=None, after=None, offset=0, limit=20)
 
 
 @pytest.mark.parametrize(
