@@ -70,7 +70,7 @@ class Proof(msgspec.Struct, frozen=True, tag="proof", array_like=True):
 
 
 class Batch(msgspec.Struct, frozen=True, tag="batch", array_like=True):
-    """What came to the gateway in one turn of its loop, in order."""
+    """What came to the gateway in one turn of its loop, or a part of it, in order."""
 
     requests: list[Request]
 

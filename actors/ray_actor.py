@@ -35,7 +35,7 @@ def spawn(actor_class: type, name: str, resource: str, *arguments: object) -> An
 def begin(start: Coroutine[None, None, T]) -> asyncio.Task[T]:
     """Start an actor's work when Ray constructs it, so also after a restart; a failed start ends the process."""
     starting = asyncio.get_running_loop().create_task(start)
-    starting.add_done_callback(_die_if_failed)
+    starting.add_done_callback(die_if_failed)
     return starting
 
 
@@ -46,7 +46,8 @@ def die(reason: str) -> NoReturn:
     os._exit(1)
 
 
-def _die_if_failed(starting: asyncio.Task[Any]) -> None:
-    if not starting.cancelled() and starting.exception() is not None:
-        logger.error("the start failed", exc_info=starting.exception())
-        die("it could not start")
+def die_if_failed(task: asyncio.Task[Any]) -> None:
+    """End this process if something that it cannot do without has failed: Ray starts it anew."""
+    if not task.cancelled() and task.exception() is not None:
+        logger.error("a task failed", exc_info=task.exception())
+        die(f"a task failed: {task.exception()!r}")

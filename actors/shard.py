@@ -579,9 +579,9 @@ class Shard:
 
 
 class _Asking:
-    """The outlet of one request that came without a link."""
+    """The outlet of one request that came without a link. Nobody is there for events."""
 
-    is_gone = False
+    is_gone = True
 
     def __init__(self) -> None:
         self.answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()

@@ -187,12 +187,12 @@ class Fanout:
         """Write events to all of a topic's sockets, after those before them."""
         topic.queue.append(events)
         topic.queue_bytes += len(events.encoded)
-        if topic.queue_bytes > TOPIC_QUEUE_BYTES_MAX:
-            topic.queue, topic.queue_bytes = [], 0
-            self._give_up(topic)
-        elif not topic.is_casting:
+        if not topic.is_casting:
             topic.is_casting = True
             self._cast_next(topic_id, topic)
+        elif topic.queue_bytes > TOPIC_QUEUE_BYTES_MAX:
+            topic.queue, topic.queue_bytes = [], 0
+            self._give_up(topic)
 
     def _cast_next(self, topic_id: UUID, topic: _Topic) -> None:
         """Write what has gathered as one frame; more gathers meanwhile."""

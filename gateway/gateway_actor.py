@@ -18,7 +18,7 @@ from actors.bootstrap import Place, connect, keep_synchronised, set_up_logging, 
 from actors.clock import Clock
 from actors.directory import Directory, Owner
 from actors.link import Link
-from actors.ray_actor import begin, spawn
+from actors.ray_actor import begin, die_if_failed, spawn
 from gateway.api.edge import HEALTHY, Edge
 from gateway.app import create_app
 from gateway.fanout import Fanout
@@ -88,6 +88,8 @@ class RunningGateway:
         if serving.done():
             await serving
             raise RuntimeError("the server ended before it had started")
+        for task in self._tasks:
+            task.add_done_callback(die_if_failed)
         logger.info("%s serves %s:%d", self._name, door.host, door.port)
 
     async def stop(self) -> None:

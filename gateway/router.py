@@ -10,7 +10,7 @@ from actors.messages import Answer, Payload
 
 
 class Router:
-    """The links of one gateway, by shard. What is submitted in one turn of the loop leaves as one batch a link."""
+    """The links of one gateway, by shard. What is submitted in one turn of the loop leaves in batches."""
 
     def __init__(self, slots: Sequence[int]) -> None:
         self._slots = slots

@@ -14,7 +14,7 @@ COMMANDS: Final = {
     "token": "Print an access token for a user.",
     "watch": "Follow an auction in the terminal.",
     "replay": "Play a recorded bid history against an engine.",
-    "verify": "Check the journal: order, hash chains, totals.",
+    "verify": "Check the journal: order, hash chains, decisions.",
     "bench": "Measure how many bids an engine takes.",
 }
 INTERRUPTED: Final = 130

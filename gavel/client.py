@@ -389,8 +389,13 @@ def follow(snapshot: Message, message: Message) -> Message:
 
 
 def _base_url(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
+    try:
+        parts = urlsplit(url)
+        # Reading the port checks it.
+        is_address = parts.scheme in ("http", "https") and parts.hostname is not None and parts.port != 0
+    except ValueError:
+        is_address = False
+    if not is_address:
         raise CommandError(f"{url!r} is not an address of Gavel; write it like http://127.0.0.1:8700.")
     return url.rstrip("/")
 

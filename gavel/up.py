@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -248,7 +248,8 @@ async def _actors(settings: Settings, place: Place, port: int, keys: KeyPair) ->
     gateways = [gateway_actor.create(place, door, number) for number in range(settings.gateways)]
     try:
         try:
-            await _all([_ready(actor) for actor in shards + gateways], _START_S)
+            async with asyncio.timeout(_START_S):
+                await asyncio.gather(*(_ready(actor) for actor in shards + gateways))
         except TimeoutError:
             raise CommandError(f"The engine did not start within {_START_S} s; {place.log_dir} says why.") from None
         yield
@@ -256,7 +257,8 @@ async def _actors(settings: Settings, place: Place, port: int, keys: KeyPair) ->
         for actors in (gateways, shards):
             # One that is gone already needs no stopping: its work is in the journal.
             with contextlib.suppress(Exception):
-                await _all([actor.stop.remote() for actor in actors], _STOP_S)
+                async with asyncio.timeout(_STOP_S):
+                    await asyncio.gather(*(actor.stop.remote() for actor in actors), return_exceptions=True)
             _kill(actors)
 
 
@@ -293,11 +295,6 @@ async def _demo(url: str, keys: KeyPair) -> AsyncIterator[None]:
         stop.set()
         await asyncio.wait([task], timeout=5)
         task.cancel()
-
-
-async def _all(calls: list[Awaitable[object]], timeout_s: float) -> None:
-    async with asyncio.timeout(timeout_s):
-        await asyncio.gather(*calls)
 
 
 @contextlib.contextmanager

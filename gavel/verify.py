@@ -56,7 +56,7 @@ def command(auction: UUID | None, is_all: bool, data_dir: str | None) -> None:
         raise click.UsageError("Name one auction, or say --all.")
     with reachable_database(load_settings(data_dir=data_dir)) as database_url:
         report = asyncio.run(_verify(database_url, auction))
-    if report.auctions == 0 and auction is not None:
+    if report.auctions == 0 and not report.differences and auction is not None:
         raise CommandError(
             f"There is no auction {auction} in this journal; `gavel verify --all` checks those there are."
         )
@@ -80,7 +80,7 @@ async def _verify(database_url: str, auction: UUID | None) -> Report:
             return await verify(connection, auction)
         finally:
             await connection.close()
-    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as error:
         raise CommandError(f"The journal cannot be read ({error}); is this the engine's database?") from error
 
 

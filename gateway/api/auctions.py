@@ -251,7 +251,7 @@ async def get_auctions(
     viewer = None if caller is None else caller.user
     answers = await asyncio.gather(*(edge.router.ask(GetAuction(one.auction, viewer)) for one in listed))
     data: AuctionList = {
-        "auctions": [_show_auction(_view(answer), caller) for answer in answers if not _is_unknown(answer)],
+        "auctions": [_show_auction(_view(answer), caller) for answer in answers if not _is_unreadable(answer)],
         "pagination": {
             "page": page,
             "limit": limit,
@@ -386,9 +386,9 @@ async def _ask(edge: Edge, payload: Payload) -> AuctionView:
     return _view(await edge.router.ask(payload))
 
 
-def _is_unknown(answer: Answer) -> bool:
-    """Whether the shard does not know what Postgres lists: then the page is the poorer by it, not broken."""
-    return isinstance(answer, Rejection) and answer.code == "not_found"
+def _is_unreadable(answer: Answer) -> bool:
+    """Whether the shard does not know, or cannot read, what Postgres lists: then the page is the poorer by it only."""
+    return isinstance(answer, Rejection) and answer.code in ("not_found", "internal")
 
 
 def _view(answer: Answer) -> AuctionView:
@@ -447,9 +447,9 @@ def _read_optional_amount(field: str, amount: Decimal | None, currency: str) -> 
 
 
 def _read_bid(field: str, amount: Decimal | None, currency: str) -> int | None:
-    """A bid that is too large is for the rules to refuse, in their order; how much too large does not matter."""
-    if amount is not None and amount > to_decimal(AMOUNT_MAX, currency):
-        return AMOUNT_MAX + 1
+    """A bid out of all bounds is for the rules to refuse, in their order; how far out does not matter."""
+    if amount is not None and abs(amount) > to_decimal(AMOUNT_MAX, currency):
+        return AMOUNT_MAX + 1 if amount > 0 else -1
     return _read_optional_amount(field, amount, currency)
 
 
