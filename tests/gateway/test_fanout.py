@@ -482,3 +482,11 @@ async def test_watchers_of_a_topic_that_cannot_be_caught_up_with_are_sent_to_com
     hall.publish(9, 9)
     await quiet()
     assert (one.log, late.log) == (["at 5"], ["at 8", 9])
+
+
+async def test_one_commit_of_any_size_closes_nobody(hall: Hall, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound is on what waits behind a frame that is being written."""
+    monkeypatch.setattr(fanout, "TOPIC_QUEUE_BYTES_MAX", 1)
+    socket = hall.watch(5)
+    hall.publish(6, 7)
+    assert (socket.frames, socket.is_behind) == ([[6, 7]], False)
