@@ -163,7 +163,7 @@ def _recorded(path: Path, name: str, rows: list[dict[str, str]]) -> RecordedAuct
         bids = []
         for row in rows:
             line = row["line"]
-            bids.append(RecordedBid(row["bidder"], to_minor(row["bid"], CURRENCY), Decimal(row["bidtime"])))
+            bids.append(RecordedBid(row["bidder"], to_minor(row["bid"], CURRENCY), _days(row["bidtime"])))
         starting_price, published_price = to_minor(first["openbid"], CURRENCY), to_minor(first["price"], CURRENCY)
     except (ValueError, TypeError, InvalidOperation):
         raise CommandError(
@@ -172,6 +172,14 @@ def _recorded(path: Path, name: str, rows: list[dict[str, str]]) -> RecordedAuct
     # sorted() keeps the file's order among equals.
     in_order = tuple(sorted(bids, key=lambda bid: bid.days))
     return RecordedAuction(name, f"{first['item']}, eBay {name}", starting_price, published_price, in_order)
+
+
+def _days(text: str) -> Decimal:
+    """Not every Decimal is a time: NaN has no place in an order."""
+    days = Decimal(text)
+    if not days.is_finite():
+        raise ValueError("not a time")
+    return days
 
 
 # Ids

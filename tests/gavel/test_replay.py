@@ -70,6 +70,14 @@ def test_files_that_are_no_history_are_refused(tmp_path: Path) -> None:
         read_history(other)
 
 
+@pytest.mark.parametrize("bidtime", ["NaN", "sNaN", "Infinity", "soon", ""])
+def test_a_time_that_is_none_is_refused_with_its_line(tmp_path: Path, bidtime: str) -> None:
+    path = tmp_path / "history.csv"
+    path.write_text(f"{HEADER}1,5,{bidtime},ann,1,1,5,thing,3 day auction\n")
+    with pytest.raises(CommandError, match="line 2"):
+        read_history(path)
+
+
 def test_ids_follow_from_names_and_do_not_change_between_versions() -> None:
     assert bid_id_of("tuesday", "7", 0) == UUID("fcdddc93-174c-5571-95c1-9c7623b5f936")
     assert auction_key("tuesday", "7") == UUID("b966f41f-6c0b-590a-9940-107dec3aec75")
