@@ -5,29 +5,29 @@ import gc
 import logging
 import logging.handlers
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final, NamedTuple, NoReturn
+from uuid import uuid4
 
 import asyncpg
 import msgspec
 
 from actors.clock import Clock
+from actors.database import Database, Postgres
 from actors.directory import Directory
-from actors.journal import PostgresJournal
+from actors.journal import PostgresJournal, session_name
 from actors.link import LinkServer
+from actors.network import Network, WebSockets
 from actors.shard import Shard
-from engine.limits import CLOCK_SYNC_MS, DATABASE_TIMEOUT_MS, SECOND_MS
+from engine.limits import CLOCK_SYNC_MS, SECOND_MS
 
 logger = logging.getLogger(__name__)
 
-_READERS_MAX: Final = 4
-_CONNECT_RETRY_S: Final = 0.2
 _COLLECT_AFTER: Final = 50_000
 """So many more new objects than freed ones begin a collection."""
 _LOG_BYTES_MAX: Final = 10 * 1024 * 1024
-# A plan compiled for each of many short statements costs more than it saves.
-_SERVER_SETTINGS: Final = {"application_name": "gavel", "jit": "off"}
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,6 +47,21 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
         return given.encode() if given else Path(self.secret_path).read_bytes()
 
 
+class Host(NamedTuple):
+    """What a process stands on."""
+
+    network: Network
+    database: Database
+    secret: bytes
+    link_host: str
+    monotonic_ns: Callable[[], int]
+
+
+def host_of(place: Place) -> Host:
+    """The host of a process in this place."""
+    return Host(WebSockets(), Postgres(place.database_url), place.secret(), place.link_host, time.monotonic_ns)
+
+
 def set_up_logging(place: Place, name: str) -> None:
     """Log to a file of this process's own, which does not grow for ever."""
     handler = logging.handlers.RotatingFileHandler(
@@ -55,6 +70,8 @@ def set_up_logging(place: Place, name: str) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=place.log_level.upper(), handlers=[handler], force=True)
     logging.getLogger("picows").setLevel(logging.WARNING)
+    # It tells at length of each connection that it lost; we say ourselves that Postgres is away.
+    logging.getLogger("asyncpg.pool").setLevel(logging.ERROR)
 
 
 def settle_memory() -> None:
@@ -65,22 +82,6 @@ def settle_memory() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(_COLLECT_AFTER, 20, 100)
-
-
-async def connect(database_url: str, readers: int = _READERS_MAX) -> asyncpg.Pool:
-    """A pool of connections to Postgres, which may be just starting."""
-    while True:
-        try:
-            return await asyncpg.create_pool(
-                database_url,
-                min_size=1,
-                max_size=readers,
-                command_timeout=DATABASE_TIMEOUT_MS / SECOND_MS,
-                server_settings=_SERVER_SETTINGS,
-            )
-        except (OSError, asyncpg.CannotConnectNowError, asyncpg.TooManyConnectionsError) as error:
-            logger.warning("Postgres cannot be reached: %s", error)
-            await asyncio.sleep(_CONNECT_RETRY_S)
 
 
 async def keep_synchronised(clock: Clock, pool: asyncpg.Pool) -> NoReturn:
@@ -102,15 +103,15 @@ class RunningShard:
         shard: Shard,
         server: LinkServer,
         directory: Directory,
+        journal: PostgresJournal,
         pool: asyncpg.Pool,
-        writer: asyncpg.Connection,
         clock_task: asyncio.Task[NoReturn],
     ) -> None:
         self.shard = shard
         self._server = server
         self._directory = directory
+        self._journal = journal
         self._pool = pool
-        self._writer = writer
         self._clock_task = clock_task
 
     async def stop(self) -> None:
@@ -118,29 +119,33 @@ class RunningShard:
         await self.shard.stop()
         self._server.close()
         self._clock_task.cancel()
-        await self._directory.retire(self._server.number, self._server.epoch)
-        await self._writer.close()
+        await self._directory.retire(self._server.number, self._server.owner)
+        await self._journal.close()
         await self._pool.close()
 
 
-async def start_shard(place: Place, number: int, die: Callable[[str], NoReturn]) -> RunningShard:
-    """Take the shard over, read what it must know, and take links. Waits while another process owns it."""
-    pool = await connect(place.database_url)
-    writer = await asyncpg.connect(place.database_url, server_settings=_SERVER_SETTINGS)
-    clock = Clock()
-    await clock.synchronise(pool)
+async def start_shard(host: Host, number: int, die: Callable[[str], NoReturn]) -> RunningShard:
+    """Take the shard over, pay back what it owes, and take links. Waits while another process owns it."""
+    owner = uuid4()
+    pool = await host.database.pool()
+    writer = await host.database.connect(session_name(number))
     directory = Directory(pool)
-    epoch = await directory.take_over(number, writer.get_server_pid())
+    epoch, down_at = await directory.take_over(number, owner, writer.get_server_pid(), host.network.refuses)
+    # Only now: until then it may have waited for days.
+    clock = Clock(host.monotonic_ns)
+    await clock.synchronise(pool)
     owned = [slot for slot, shard in enumerate(await directory.slots()) if shard == number]
-    shard = Shard(slots=owned, clock=clock, journal=PostgresJournal(writer, pool, number, epoch), die=die)
-    await shard.start()
-    server = LinkServer(shard, number, epoch, place.secret())
-    address = await server.listen(place.link_host)
-    if not await directory.announce(number, epoch, address):
-        die("a newer incarnation of this shard has taken over")
-    logger.info("shard %d serves %d slots in epoch %d at %s", number, len(owned), epoch, address)
-    settle_memory()
+    journal = PostgresJournal(
+        database=host.database, writer=writer, readers=pool, shard=number, owner=owner, epoch=epoch
+    )
+    shard = Shard(slots=owned, clock=clock, journal=journal, die=die)
+    await shard.start(down_at)
+    server = LinkServer(shard, number, owner, lambda: journal.epoch, host.secret)
+    address = await server.listen(host.network, host.link_host)
+    if not await directory.announce(number, owner, address):
+        die("another process has taken this shard over")
+    logger.info("shard %d serves %d slots in epoch %d at %s", number, len(owned), journal.epoch, address)
     clock_task = asyncio.get_running_loop().create_task(keep_synchronised(clock, pool))
     return RunningShard(
-        shard=shard, server=server, directory=directory, pool=pool, writer=writer, clock_task=clock_task
+        shard=shard, server=server, directory=directory, journal=journal, pool=pool, clock_task=clock_task
     )

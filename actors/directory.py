@@ -2,9 +2,12 @@
 
 An entity's slot is fixed (`slot_of`); which shard serves a slot, which process is that shard's newest incarnation and
 where its links end stands here. Taking over raises the epoch, in a transaction of its own, before anything is read.
+
+Who takes over also takes over a debt: since the last sign of life (`down_at`) no bid could be placed.
 """
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Final, NamedTuple
 from uuid import UUID
@@ -12,10 +15,14 @@ from zlib import crc32
 
 import asyncpg
 
-from engine.limits import OWNER_SILENT_MS, SLOTS
+from actors.database import ERRORS, is_passing
+from actors.journal import end_session
+from engine.limits import OWNER_SILENT_MS, SECOND_MS, SLOTS, TAKEOVER_TIMEOUT_MS
 
-_PROBE_TIMEOUT_S: Final = 0.5
+logger = logging.getLogger(__name__)
+
 _CLAIM_INTERVAL_S: Final = 0.1
+_TIMEOUT_S: Final = TAKEOVER_TIMEOUT_MS / SECOND_MS
 
 
 def slot_of(entity_id: UUID) -> int:
@@ -31,7 +38,16 @@ class Owner(NamedTuple):
     address: str | None
 
 
-# Slots are dealt out in turn. When they are dealt anew every shard's epoch is raised: nobody serves an old deal.
+class Taken(NamedTuple):
+    """A shard that was taken over."""
+
+    epoch: int
+    down_at: int | None
+    """Since when it was not served, milliseconds by Postgres's clock; None if it never was."""
+
+
+# Slots are dealt out in turn. When they are dealt anew every shard's epoch is raised: nobody serves an old deal. An
+# auction may then find itself on a shard that never lived, so all of them lived as long as any.
 _LAY_OUT = """
 WITH dealt AS (
     INSERT INTO slots SELECT slot, slot % $1 FROM generate_series(0, $2 - 1) AS slot
@@ -40,21 +56,24 @@ WITH dealt AS (
 )
 SELECT count(*) FROM dealt"""
 _ADD_SHARDS = "INSERT INTO shards (shard_id) SELECT generate_series(0, $1 - 1) ON CONFLICT DO NOTHING"
-_FENCE_ALL = "UPDATE shards SET epoch = epoch + 1, address = NULL"
+_FENCE_ALL = """
+UPDATE shards
+SET epoch = epoch + 1, address = NULL, owner = NULL,
+    (alive_at, down_at) = (SELECT max(alive_at), max(down_at) FROM shards)"""
 _SLOTS = "SELECT shard_id FROM slots ORDER BY slot"
 _OWNERS = "SELECT shard_id, epoch, address FROM shards WHERE shard_id IN (SELECT shard_id FROM slots)"
 _OWNER = """
-SELECT epoch, address, clock_timestamp() - alive_at > $2 * interval '1 millisecond' AS is_silent
+SELECT epoch, owner, address, clock_timestamp() - alive_at > $2 * interval '1 millisecond' AS is_silent
 FROM shards WHERE shard_id = $1"""
 # The condition on the epoch lets only one of several claimants win.
 _TAKE_OVER = """
 UPDATE shards
-SET epoch = epoch + 1, address = NULL, alive_at = clock_timestamp(), backend_pid = $3
-WHERE shard_id = $1 AND epoch = $2 RETURNING epoch"""
-_ANNOUNCE = (
-    "UPDATE shards SET address = $3, alive_at = clock_timestamp() WHERE shard_id = $1 AND epoch = $2 RETURNING 1"
-)
-_RETIRE = "UPDATE shards SET address = NULL, alive_at = '-infinity' WHERE shard_id = $1 AND epoch = $2"
+SET epoch = epoch + 1, owner = $3, address = NULL, backend_pid = $4, alive_at = clock_timestamp(),
+    down_at = CASE WHEN alive_at > '-infinity' THEN coalesce(down_at, alive_at) END
+WHERE shard_id = $1 AND epoch = $2
+RETURNING epoch, (extract(epoch FROM down_at) * 1000)::bigint AS down_at"""
+_ANNOUNCE = "UPDATE shards SET address = $3 WHERE shard_id = $1 AND owner = $2 RETURNING 1"
+_RETIRE = "UPDATE shards SET address = NULL, owner = NULL WHERE shard_id = $1 AND owner = $2"
 
 
 class Directory:
@@ -79,42 +98,52 @@ class Directory:
         return [Owner(*row) for row in await self._pool.fetch(_OWNERS)]
 
     async def take_over(
-        self, shard: int, backend_pid: int, refuses: Callable[[str], Awaitable[bool]] | None = None
-    ) -> int:
-        """Become the shard's owner and return the new epoch; wait while another process is.
+        self, shard: int, owner: UUID, backend_pid: int, refuses: Callable[[str], Awaitable[bool]]
+    ) -> Taken:
+        """Become the shard's owner; wait while another process is.
 
-        An owner is gone when its address refuses connections, or when it has given no sign of life for a while.
+        An owner is gone when its address refuses connections (`refuses`), when it has given no sign of life for a
+        while, or when it has said so. `backend_pid` is the session in which the new one will write.
         """
-        refuses = refuses or _refuses
         while True:
-            row = await self._pool.fetchrow(_OWNER, shard, OWNER_SILENT_MS)
-            if row is None:
-                raise LookupError(f"shard {shard} has no row: the slots were never dealt to it")
-            epoch, address, is_silent = row
-            if is_silent or (address is not None and await refuses(address)):
-                taken: int | None = await self._pool.fetchval(_TAKE_OVER, shard, epoch, backend_pid)
+            try:
+                taken = await self._claim(shard, owner, backend_pid, refuses)
+            except ERRORS as error:
+                # Whoever waits lives through a restart of Postgres like everybody else.
+                if not is_passing(error):
+                    raise
+                logger.debug("shard %d cannot be claimed: %s", shard, error)
+            else:
                 if taken is not None:
                     return taken
             await asyncio.sleep(_CLAIM_INTERVAL_S)
 
-    async def announce(self, shard: int, epoch: int, address: str) -> bool:
-        """Say where links end; False if a newer incarnation has taken over meanwhile."""
-        return await self._pool.fetchval(_ANNOUNCE, shard, epoch, address) is not None
+    async def _claim(
+        self, shard: int, owner: UUID, backend_pid: int, refuses: Callable[[str], Awaitable[bool]]
+    ) -> Taken | None:
+        """Take the shard over if nobody owns it."""
+        row = await self._pool.fetchrow(_OWNER, shard, OWNER_SILENT_MS)
+        if row is None:
+            raise LookupError(f"shard {shard} has no row: the slots were never dealt to it")
+        epoch, old_owner, address, is_silent = row
+        is_free = is_silent or old_owner in (None, owner)
+        if is_free or (address is not None and await refuses(address)):
+            return await self._try(shard, epoch, owner, backend_pid)
+        return None
 
-    async def retire(self, shard: int, epoch: int) -> None:
-        """Leave in good order: the next incarnation need not wait for a sign of life."""
-        await self._pool.execute(_RETIRE, shard, epoch)
+    async def _try(self, shard: int, epoch: int, owner: UUID, backend_pid: int) -> Taken | None:
+        """Take over from this epoch; None if that did not succeed, or nobody knows."""
+        try:
+            row = await self._pool.fetchrow(_TAKE_OVER, shard, epoch, owner, backend_pid, timeout=_TIMEOUT_S)
+        except TimeoutError:
+            await end_session(self._pool, shard, backend_pid)
+            return None
+        return None if row is None else Taken(*row)
 
+    async def announce(self, shard: int, owner: UUID, address: str) -> bool:
+        """Say where links end; False if another process has taken over meanwhile."""
+        return await self._pool.fetchval(_ANNOUNCE, shard, owner, address) is not None
 
-async def _refuses(address: str) -> bool:
-    """Whether nothing listens at `host:port` any more. A peer that does not answer in time may still live."""
-    host, _, port = address.rpartition(":")
-    try:
-        async with asyncio.timeout(_PROBE_TIMEOUT_S):
-            _, writer = await asyncio.open_connection(host, int(port))
-    except ConnectionRefusedError:
-        return True
-    except (OSError, TimeoutError):
-        return False
-    writer.close()
-    return False
+    async def retire(self, shard: int, owner: UUID) -> None:
+        """Leave in good order: the next owner need not wait for a sign of life."""
+        await self._pool.execute(_RETIRE, shard, owner)

@@ -13,7 +13,7 @@ from actors.directory import slot_of
 from actors.journal import EntityRow, Loaded, Private, Row, SnapshotRow
 from actors.messages import AuctionView, BidAccepted, You
 from engine import chain
-from engine.auction import Auction, due_at, evolve, snapshot
+from engine.auction import Auction, due_at, evolve, outage_window_ms, snapshot
 from engine.events import KINDS, VERSION, BidPlaced, Event, MaximumRaised, decode, encode
 from engine.limits import RESUME_EVENTS_MAX
 from engine.public import encode_public
@@ -127,6 +127,7 @@ class Entity:
             owner_id=self.state.maker,
             status=self.state.status,
             due_at=due_at(self.state),
+            window_ms=outage_window_ms(self.state),
             created_at=self.recent[0].at,
         )
 

@@ -2,27 +2,48 @@
 
 Only the newest incarnation of a shard may write. Every write names the epoch that it believes in and does nothing
 unless Postgres agrees, in the same statement: the row of `shards` is updated, so a stale writer waits for the lock and
-then finds its epoch gone. (A fence that only read could let a stale insert commit after the new owner's replay.)
+then finds its epoch gone. (A fence that only read could let a stale insert commit after the new owner's replay.) The
+same update is the shard's sign of life, and after a gap in these the fence is closed, too: time was lost that is owed
+to auctions.
+
+A write that was not taken, or of which nobody knows, is settled: under a new epoch, which ends whatever may still be on
+its way under the old one, the journal says what it holds, and gets what it lacks.
 """
 
-import asyncio
+import logging
 from collections.abc import Sequence
 from typing import Final, NamedTuple, Protocol
 from uuid import UUID
 
 import asyncpg
 
-from engine.limits import RESUME_EVENTS_MAX
+from actors.database import ERRORS, Database, is_passing
+from engine.limits import (
+    DATABASE_TIMEOUT_MS,
+    OUTAGE_MS,
+    RESUME_EVENTS_MAX,
+    SECOND_MS,
+    TAKEOVER_TIMEOUT_MS,
+    WRITE_TIMEOUT_MS,
+)
 
-APPEND_TIMEOUT_S: Final = 2.0
+logger = logging.getLogger(__name__)
+
+_READ_TIMEOUT_S: Final = DATABASE_TIMEOUT_MS / SECOND_MS
+_WRITE_TIMEOUT_S: Final = WRITE_TIMEOUT_MS / SECOND_MS
+_RAISE_TIMEOUT_S: Final = TAKEOVER_TIMEOUT_MS / SECOND_MS
 
 
 class Fenced(Exception):
-    """A newer incarnation owns the shard: this one must end."""
+    """Another process owns the shard: this one must end."""
 
 
 class Refused(Exception):
-    """An append was not taken though it should be right, or its outcome is unknown: this incarnation must end."""
+    """A write was not taken though it should be right: this process must end."""
+
+
+class Unsettled(Exception):
+    """A write was done or not, or the fence was closed: `settle` finds out. The sentence says what went wrong."""
 
 
 class Unreadable(Exception):
@@ -59,7 +80,18 @@ class EntityRow(NamedTuple):
     owner_id: UUID
     status: str
     due_at: int | None
+    window_ms: int
+    """So near to `due_at` an outage must be paid back."""
     created_at: int
+
+
+class Life(NamedTuple):
+    """What a write says of its shard. Times in milliseconds, by Postgres's clock."""
+
+    alive_at: int
+    """When the write was done: the shard's sign of life."""
+    down_at: int | None
+    """The last sign of life before an outage that is not paid back; None if all are."""
 
 
 class SnapshotRow(NamedTuple):
@@ -84,13 +116,25 @@ class Loaded(NamedTuple):
 
 
 class Journal(Protocol):
-    """One incarnation's way to the journal. Writes raise `Fenced` or `Refused`, reads `Unreadable`."""
+    """One process's way to the journal. Writes raise `Unsettled` or `Refused`, reads `Unreadable`."""
 
-    async def append(self, rows: Sequence[Row], entities: Sequence[EntityRow]) -> None:
-        """Store events and what they change of their entities: all of it, durably, or nothing."""
+    epoch: int
+    """The newest epoch in which this process owned the shard."""
 
-    async def check(self) -> None:
-        """Return if this incarnation still owns the shard (and show that it lives)."""
+    async def append(self, rows: Sequence[Row], entities: Sequence[EntityRow], paid_until: int | None = None) -> Life:
+        """Store events and what they change of their entities: all of it, durably, or nothing.
+
+        With `paid_until` they pay back an outage up to that time (milliseconds), and the fence need not be open.
+        """
+
+    async def check(self) -> Life:
+        """Return if this process still owns the shard (and show that it lives)."""
+
+    async def settle(self, rows: Sequence[Row], entities: Sequence[EntityRow], paid_until: int | None) -> Life:
+        """After `Unsettled`: open the fence in a new epoch, and store what is missing of the write in question.
+
+        Raises `Fenced` if another process owns the shard by now, and `Unsettled` if it must be called again.
+        """
 
     async def save_snapshots(self, snapshots: Sequence[SnapshotRow]) -> None:
         """Keep committed states, of different entities; one that is older than the stored one is ignored."""
@@ -104,36 +148,47 @@ class Journal(Protocol):
     async def deadlines(self) -> list[tuple[UUID, int]]:
         """The next deadline of every entity of this shard that has one."""
 
+    async def closing(self, before: int) -> list[UUID]:
+        """The entities of this shard that are within their windows at this time (milliseconds), or past their ends."""
 
-# `owner` is the fence, the sign of life and the guard of the inserts; `appended` counts what was stored.
-_APPEND = """
-WITH owner AS (
-    UPDATE shards SET alive_at = clock_timestamp() WHERE shard_id = $1 AND epoch = $2 RETURNING 1
-), appended AS (
+
+# The fence, the sign of life and the guard of the inserts, in one.
+_FENCE = f"""
+    UPDATE shards SET alive_at = clock_timestamp()
+    WHERE shard_id = $1 AND epoch = $2 AND alive_at >= clock_timestamp() - interval '{OUTAGE_MS} milliseconds'
+    RETURNING alive_at, down_at"""  # noqa: S608 (a constant)
+# If storing took long the outage goes on at `paid_until`.
+_PAYING_FENCE = f"""
+    UPDATE shards SET alive_at = clock_timestamp(), down_at = CASE
+        WHEN clock_timestamp() > to_timestamp($23::bigint / 1000.0) + interval '{OUTAGE_MS} milliseconds'
+        THEN to_timestamp($23::bigint / 1000.0) END
+    WHERE shard_id = $1 AND epoch = $2
+    RETURNING alive_at, down_at"""  # noqa: S608 (a constant)
+_LIFE = (
+    "(extract(epoch FROM alive_at) * 1000)::bigint AS alive_at, (extract(epoch FROM down_at) * 1000)::bigint AS down_at"
+)
+_APPENDED = """, appended AS (
     INSERT INTO journal (entity_id, seq, at, kind, version, body, hash, command_id)
     SELECT row.* FROM unnest($3::uuid[], $4::bigint[], $5::bigint[], $6::text[], $7::smallint[], $8::bytea[],
                              $9::bytea[], $10::bytea[]) AS row, owner
     RETURNING 1
 )"""
-_APPEND_EVENTS = _APPEND + " SELECT count(*) FROM appended"  # noqa: S608 (a constant)
-_APPEND_ALL = (
-    _APPEND  # noqa: S608 (a constant)
-    + """, indexed AS (
-    INSERT INTO entities (entity_id, slot, kind, owner_id, status, due_at, created_at)
+_INDEXED = """, indexed AS (
+    INSERT INTO entities (entity_id, slot, kind, owner_id, status, due_at, window_ms, created_at)
     SELECT entity.* FROM unnest($11::uuid[], $12::smallint[], $13::text[], $14::uuid[], $15::text[], $16::bigint[],
-                                $17::bigint[]) AS entity, owner
-    ON CONFLICT (entity_id) DO UPDATE SET status = excluded.status, due_at = excluded.due_at
+                                $17::bigint[], $18::bigint[]) AS entity, owner
+    ON CONFLICT (entity_id) DO UPDATE
+    SET status = excluded.status, due_at = excluded.due_at, window_ms = excluded.window_ms
 ), hidden AS (
     INSERT INTO private (entity_id, seq, salt, body)
-    SELECT part.* FROM unnest($18::uuid[], $19::bigint[], $20::bytea[], $21::bytea[]) AS part, owner
-)
-SELECT count(*) FROM appended"""
-)
-_CHECK = "UPDATE shards SET alive_at = clock_timestamp() WHERE shard_id = $1 AND epoch = $2 RETURNING 1"
-_SAVE_SNAPSHOTS = """
-WITH owner AS (
-    UPDATE shards SET alive_at = clock_timestamp() WHERE shard_id = $1 AND epoch = $2 RETURNING 1
-), saved AS (
+    SELECT part.* FROM unnest($19::uuid[], $20::bigint[], $21::bytea[], $22::bytea[]) AS part, owner
+)"""
+_COUNT = f" SELECT (SELECT count(*) FROM appended) AS appended, {_LIFE} FROM owner"  # noqa: S608 (a constant)
+_APPEND_EVENTS = f"WITH owner AS ({_FENCE}){_APPENDED}{_COUNT}"
+_APPEND_ALL = f"WITH owner AS ({_FENCE}){_APPENDED}{_INDEXED}{_COUNT}"
+_PAY_BACK = f"WITH owner AS ({_PAYING_FENCE}){_APPENDED}{_INDEXED}{_COUNT}"
+_CHECK = f"WITH owner AS ({_FENCE}) SELECT {_LIFE} FROM owner"  # noqa: S608 (a constant)
+_SAVE_SNAPSHOTS = f"""WITH owner AS ({_FENCE}), saved AS (
     INSERT INTO snapshots (entity_id, seq, hash, last_at, version, body)
     SELECT snapshot.* FROM unnest($3::uuid[], $4::bigint[], $5::bytea[], $6::bigint[], $7::smallint[],
                                   $8::bytea[]) AS snapshot, owner
@@ -141,8 +196,22 @@ WITH owner AS (
     SET seq = excluded.seq, hash = excluded.hash, last_at = excluded.last_at, version = excluded.version,
         body = excluded.body
     WHERE snapshots.seq < excluded.seq
-)
-SELECT count(*) FROM owner"""
+) SELECT {_LIFE} FROM owner"""  # noqa: S608 (a constant)
+# What this process may still have on its way under its old epoch is waited for, and then finds that epoch gone.
+_RAISE = f"""
+WITH owner AS (
+    UPDATE shards
+    SET epoch = epoch + 1, backend_pid = $3, alive_at = clock_timestamp(), down_at = coalesce(down_at, alive_at)
+    WHERE shard_id = $1 AND owner = $2
+    RETURNING epoch, alive_at, down_at
+) SELECT epoch, {_LIFE} FROM owner"""  # noqa: S608 (a constant)
+_STORED = """
+SELECT count(*) FROM unnest($1::uuid[], $2::bigint[], $3::bytea[]) AS row (entity_id, seq, hash)
+JOIN journal USING (entity_id, seq, hash)"""
+# A number may by now be another session's: only one that goes by this shard's name is ended, and not our own.
+_END_SESSION = """
+SELECT pg_terminate_backend(pid) FROM shards JOIN pg_stat_activity ON pid = backend_pid
+WHERE shard_id = $1 AND application_name = $2 AND pid <> $3"""
 _LOAD_SNAPSHOT = """
 SELECT entity_id, seq, hash, last_at, version, body FROM snapshots WHERE entity_id = $1 AND version = $2"""
 SELECT_ROWS = """
@@ -154,6 +223,9 @@ _READ = SELECT_ROWS + " WHERE entity_id = $1 AND seq = $2"
 _DEADLINES = """
 SELECT entity_id, due_at FROM entities
 WHERE due_at IS NOT NULL AND slot IN (SELECT slot FROM slots WHERE shard_id = $1)"""
+_CLOSING = """
+SELECT entity_id FROM entities
+WHERE due_at - window_ms < $2 AND slot IN (SELECT slot FROM slots WHERE shard_id = $1)"""
 
 
 def row_of(record: asyncpg.Record) -> Row:
@@ -162,61 +234,112 @@ def row_of(record: asyncpg.Record) -> Row:
     return Row._make((*row, None if salt is None else Private(salt, text)))
 
 
-class PostgresJournal:
-    """The journal in Postgres, for one shard in one epoch.
+def session_name(shard: int) -> str:
+    """What Postgres knows the session by in which a shard writes."""
+    return f"gavel shard {shard}"
 
-    `writer` is a connection of its own, so that appends never wait for reads; `readers` is a pool.
+
+class PostgresJournal:
+    """The journal in Postgres, for one process that owns a shard. `readers` are for reading only.
+
+    It writes on a connection of its own, so that appends never wait for reads.
     """
 
-    def __init__(self, writer: asyncpg.Connection, readers: asyncpg.Pool, shard: int, epoch: int) -> None:
+    def __init__(
+        self,
+        *,
+        database: Database,
+        writer: asyncpg.Connection,
+        readers: asyncpg.Pool,
+        shard: int,
+        owner: UUID,
+        epoch: int,
+    ) -> None:
+        self.epoch = epoch
+        self._database = database
         self._writer = writer
         self._readers = readers
         self._shard = shard
-        self._epoch = epoch
-        self._writing = asyncio.Lock()
+        self._owner = owner
 
-    async def append(self, rows: Sequence[Row], entities: Sequence[EntityRow]) -> None:
+    async def append(self, rows: Sequence[Row], entities: Sequence[EntityRow], paid_until: int | None = None) -> Life:
         """See `Journal`."""
-        columns: list[Sequence[object]] = list(zip(*[row[:8] for row in rows], strict=True))
+        columns = _columns([row[:8] for row in rows], 8)
         hidden = [(row.entity_id, row.seq, *row.private) for row in rows if row.private is not None]
-        if entities or hidden:
-            columns += zip(*entities, strict=True) if entities else [()] * len(EntityRow._fields)
-            columns += zip(*hidden, strict=True) if hidden else [()] * 4
-            appended = await self._write(_APPEND_ALL, *columns)
+        if entities or hidden or paid_until is not None:
+            columns += _columns(entities, len(EntityRow._fields)) + _columns(hidden, 4)
+            if paid_until is not None:
+                appended, *life = await self._write(_PAY_BACK, *columns, paid_until)
+            else:
+                appended, *life = await self._write(_APPEND_ALL, *columns)
         else:
-            appended = await self._write(_APPEND_EVENTS, *columns)
-        if appended != len(rows):
-            raise Fenced
+            appended, *life = await self._write(_APPEND_EVENTS, *columns)
+        assert appended == len(rows), "a statement stores all or nothing"
+        return Life(*life)
 
-    async def check(self) -> None:
+    async def check(self) -> Life:
         """See `Journal`."""
-        if await self._write(_CHECK) is None:
-            raise Fenced
+        return Life(*await self._write(_CHECK))
 
     async def save_snapshots(self, snapshots: Sequence[SnapshotRow]) -> None:
         """See `Journal`."""
-        if await self._write(_SAVE_SNAPSHOTS, *zip(*snapshots, strict=True)) != 1:
+        await self._write(_SAVE_SNAPSHOTS, *_columns(snapshots, len(SnapshotRow._fields)))
+
+    async def settle(self, rows: Sequence[Row], entities: Sequence[EntityRow], paid_until: int | None) -> Life:
+        """See `Journal`."""
+        # What comes late on the old connection must not be taken for the answer to something else.
+        self._writer.terminate()
+        try:
+            self._writer = await self._database.connect(session_name(self._shard))
+            life = await self._raise()
+            stored = await self._writer.fetchval(
+                _STORED,
+                [row.entity_id for row in rows],
+                [row.seq for row in rows],
+                [row.hash for row in rows],
+                timeout=_WRITE_TIMEOUT_S,
+            )
+        except ERRORS as error:
+            raise _translated(error) from error
+        if stored not in (0, len(rows)):
+            raise Refused(f"of {len(rows)} events that were written together the journal holds {stored}")
+        if stored == 0 and (rows or paid_until is not None):
+            return await self.append(rows, entities, paid_until)
+        return life
+
+    async def _raise(self) -> Life:
+        """Begin a new epoch, if this process still owns the shard, whatever holds its row."""
+        try:
+            found = await self._writer.fetchrow(
+                _RAISE, self._shard, self._owner, self._writer.get_server_pid(), timeout=_RAISE_TIMEOUT_S
+            )
+        except TimeoutError:
+            await end_session(self._readers, self._shard, self._writer.get_server_pid())
+            raise
+        if found is None:
             raise Fenced
+        self.epoch, *life = found
+        return Life(*life)
 
     async def load(self, entity_id: UUID, snapshot_version: int) -> Loaded:
         """See `Journal`."""
         try:
-            async with self._readers.acquire(timeout=APPEND_TIMEOUT_S) as connection:
+            async with self._readers.acquire(timeout=_READ_TIMEOUT_S) as connection:
                 found = await connection.fetchrow(_LOAD_SNAPSHOT, entity_id, snapshot_version)
                 snapshot = None if found is None else SnapshotRow(*found)
                 after = 0 if snapshot is None else max(0, snapshot.seq - RESUME_EVENTS_MAX)
                 rows = await connection.fetch(_LOAD_ROWS, entity_id, after)
                 # An id under which nothing happened is cheap, so that asking for such ids costs others little.
                 commands = await connection.fetch(_LOAD_COMMANDS, entity_id) if rows or snapshot else []
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        except ERRORS as error:
             raise Unreadable(str(error)) from error
         return Loaded(snapshot, [row_of(row) for row in rows], [(command_id, seq) for command_id, seq in commands])
 
     async def read(self, entity_id: UUID, seq: int) -> Row | None:
         """See `Journal`."""
         try:
-            found = await self._readers.fetchrow(_READ, entity_id, seq, timeout=APPEND_TIMEOUT_S)
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            found = await self._readers.fetchrow(_READ, entity_id, seq)
+        except ERRORS as error:
             raise Unreadable(str(error)) from error
         return None if found is None else row_of(found)
 
@@ -224,15 +347,43 @@ class PostgresJournal:
         """See `Journal`."""
         try:
             return [(entity_id, due_at) for entity_id, due_at in await self._readers.fetch(_DEADLINES, self._shard)]
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        except ERRORS as error:
             raise Unreadable(str(error)) from error
 
-    async def _write(self, statement: str, *arguments: object) -> int | None:
+    async def closing(self, before: int) -> list[UUID]:
+        """See `Journal`."""
         try:
-            async with self._writing:
-                found: int | None = await self._writer.fetchval(
-                    statement, self._shard, self._epoch, *arguments, timeout=APPEND_TIMEOUT_S
-                )
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-            raise Refused(f"{type(error).__name__}: {error}") from error
+            return [entity_id for (entity_id,) in await self._readers.fetch(_CLOSING, self._shard, before)]
+        except ERRORS as error:
+            raise Unreadable(str(error)) from error
+
+    async def close(self) -> None:
+        """Close the connection on which it writes."""
+        await self._writer.close()
+
+    async def _write(self, statement: str, *arguments: object) -> asyncpg.Record:
+        try:
+            found = await self._writer.fetchrow(
+                statement, self._shard, self.epoch, *arguments, timeout=_WRITE_TIMEOUT_S
+            )
+        except ERRORS as error:
+            raise _translated(error) from error
+        if found is None:
+            raise Unsettled("the fence is closed: another process owns the shard, or there was a gap in its life")
         return found
+
+
+def _columns(rows: Sequence[Sequence[object]], width: int) -> list[Sequence[object]]:
+    """Rows as columns, which `unnest` takes."""
+    return list(zip(*rows, strict=True)) if rows else [()] * width
+
+
+def _translated(error: Exception) -> Unsettled | Refused:
+    sentence = f"{type(error).__name__}: {error}"
+    return Unsettled(sentence) if is_passing(error) else Refused(sentence)
+
+
+async def end_session(pool: asyncpg.Pool, shard: int, own_pid: int) -> None:
+    """End the session in which a shard was written so far: it holds the lock, and nobody may be there to let it go."""
+    logger.warning("the last session that wrote shard %d holds its row: it is ended", shard)
+    await pool.execute(_END_SESSION, shard, session_name(shard), own_pid)

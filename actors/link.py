@@ -10,13 +10,14 @@ import logging
 import os
 from collections.abc import Awaitable, Callable
 from typing import Final
+from uuid import UUID
 
 import asyncpg
-import msgspec
 import picows
 
 from actors.directory import Owner
 from actors.messages import (
+    MALFORMED,
     VERSION,
     Answer,
     Answered,
@@ -39,13 +40,13 @@ from actors.messages import (
     encode_into,
     proof,
 )
+from actors.network import Listening, Network
 from actors.shard import Shard
 from engine.commands import CancelAuction, EndAuction, OpenAuction, PlaceBid, command_id
 from engine.limits import (
     COMMAND_TIMEOUT_MS,
     LINK_BATCH_MAX,
     LINK_DEAD_MS,
-    LINK_FRAME_BYTES_MAX,
     LINK_GREETING_MS,
     LINK_IN_FLIGHT_MAX,
     LINK_OUTPUT_BYTES,
@@ -112,30 +113,26 @@ class _Pulse:
 class LinkServer:
     """Where the gateways' links to one shard end."""
 
-    def __init__(self, shard: Shard, number: int, epoch: int, secret: bytes) -> None:
+    def __init__(self, shard: Shard, number: int, owner: UUID, epoch: Callable[[], int], secret: bytes) -> None:
         self.shard = shard
         self.number = number
+        self.owner = owner
         self.epoch = epoch
+        """The newest epoch: it rises whenever a write was settled."""
         self.secret = secret
-        self.ends: set[_ShardEnd] = set()
-        self._server: asyncio.Server | None = None
+        self.ends: dict[_ShardEnd, None] = {}
+        """In the order in which they came, which a set would not keep."""
+        self._listening: Listening | None = None
 
-    async def listen(self, host: str) -> str:
+    async def listen(self, network: Network, host: str) -> str:
         """Take links at a free port; return the address as `host:port`."""
-        self._server = await picows.ws_create_server(
-            lambda _request: _ShardEnd(self),
-            host,
-            0,
-            max_frame_size=LINK_FRAME_BYTES_MAX,
-            websocket_handshake_timeout=LINK_GREETING_MS / SECOND_MS,
-            logger_name="link",
-        )
-        return f"{host}:{self._server.sockets[0].getsockname()[1]}"
+        self._listening = await network.listen(lambda: _ShardEnd(self), host)
+        return self._listening.address
 
     def close(self) -> None:
         """Take no more links and end those that there are."""
-        if self._server is not None:
-            self._server.close()
+        if self._listening is not None:
+            self._listening.close()
         for end in list(self.ends):
             end.close()
 
@@ -146,6 +143,7 @@ class _ShardEnd(picows.WSListener):
     def __init__(self, server: LinkServer) -> None:
         self._server = server
         self._nonce = os.urandom(_NONCE_BYTES)
+        self._epoch = server.epoch()
         self._is_open = False
         self.is_gone = False
         self._transport: picows.WSTransport
@@ -178,9 +176,9 @@ class _ShardEnd(picows.WSListener):
     def on_ws_connected(self, transport: picows.WSTransport) -> None:
         self._transport = transport
         self._pulse = _Pulse(transport)
-        self._server.ends.add(self)
+        self._server.ends[self] = None
         self._greeting_timer = asyncio.get_running_loop().call_later(LINK_GREETING_MS / SECOND_MS, self.close)
-        greeting = Greeting(VERSION, self._server.number, self._server.epoch, self._nonce)
+        greeting = Greeting(VERSION, self._server.number, self._epoch, self._server.owner, self._nonce)
         send(transport, greeting)
 
     def on_ws_frame(self, transport: picows.WSTransport, frame: picows.WSFrame) -> None:
@@ -188,7 +186,7 @@ class _ShardEnd(picows.WSListener):
         if frame.msg_type == picows.WSMsgType.BINARY:
             try:
                 message: GatewayFrame = decode_gateway_frame(frame.get_payload_as_memoryview())
-            except msgspec.MsgspecError as error:
+            except MALFORMED as error:
                 logger.warning("a link sent what is not of its protocol: %s", error)
                 transport.disconnect(graceful=False)
                 return
@@ -200,7 +198,7 @@ class _ShardEnd(picows.WSListener):
         self.is_gone = True
         self._pulse.stop()
         self._greeting_timer.cancel()
-        self._server.ends.discard(self)
+        self._server.ends.pop(self, None)
         self._server.shard.leave(self)
 
     def pause_writing(self) -> None:
@@ -214,14 +212,14 @@ class _ShardEnd(picows.WSListener):
         if isinstance(message, Batch) and self._is_open:
             server.shard.take(message.requests, self)
         elif isinstance(message, Proof) and not self._is_open:
-            expected = proof(server.secret, "gateway", self._nonce, server.number, server.epoch)
+            expected = proof(server.secret, "gateway", self._nonce, server.number, self._epoch)
             if not hmac.compare_digest(message.mac, expected):
                 logger.warning("a link was refused: its other end does not hold the cluster's secret")
                 self.close()
                 return
             self._is_open = True
             self._greeting_timer.cancel()
-            welcome = Welcome(proof(server.secret, "shard", message.nonce, server.number, server.epoch))
+            welcome = Welcome(proof(server.secret, "shard", message.nonce, server.number, self._epoch))
             send(self._transport, welcome)
         else:
             logger.warning("a link was refused: %s out of turn", type(message).__name__)
@@ -244,7 +242,7 @@ class _InFlight:
         self.links = 0
         """On so many links it was sent."""
         self.deaths = 0
-        """So many incarnations of the shard were replaced while it was in flight."""
+        """So many processes of the shard were replaced while it was in flight."""
 
     @property
     def is_command(self) -> bool:
@@ -265,6 +263,7 @@ class Link:
         gateway: str,
         shard: int,
         secret: bytes,
+        network: Network,
         find_owner: Callable[[int], Awaitable[Owner | None]],
         on_published: Callable[[Published], None],
         on_open: Callable[[int], None],
@@ -272,10 +271,12 @@ class Link:
         self.shard = shard
         self._gateway = gateway
         self._secret = secret
+        self._network = network
         self._find_owner = find_owner
         self._on_published = on_published
         self._on_open = on_open
         self._epoch = 0
+        self._owner: UUID | None = None
         self._next_request = 1
         self._in_flight: dict[int, _InFlight] = {}
         self._batch: list[_InFlight] = []
@@ -365,31 +366,26 @@ class Link:
 
     async def _greet(self, address: str, epoch: int) -> "_GatewayEnd | None":
         end = _GatewayEnd(self._gateway, self.shard, epoch, self._secret, self._receive)
-        transport, _ = await picows.ws_connect(
-            lambda _request, _response: end,
-            f"ws://{address}/",
-            max_frame_size=LINK_FRAME_BYTES_MAX,
-            websocket_handshake_timeout=LINK_GREETING_MS / SECOND_MS,
-            logger_name="link",
-        )
+        await self._network.connect(end, address)
         try:
             async with asyncio.timeout(LINK_GREETING_MS / SECOND_MS):
                 await end.settled.wait()
         finally:
             if not end.is_open:
-                transport.disconnect(graceful=False)
+                end.disconnect()
         return end if end.is_open else None
 
     def _open(self, end: "_GatewayEnd") -> None:
         """A link is open: send again, in order, what was not answered."""
-        is_new_incarnation = end.epoch != self._epoch
+        is_new_process = end.owner != self._owner
         self._epoch = end.epoch
+        self._owner = end.owner
         self._end = end
         waiting = list(self._in_flight.values())
         self._batch = []
         self._on_open(self.shard)
         for one in waiting:
-            if one.links > 0 and is_new_incarnation:
+            if one.links > 0 and is_new_process:
                 one.deaths += 1
             if one.deaths < _DEATHS_MAX:
                 self._queue(one)
@@ -463,6 +459,8 @@ class _GatewayEnd(picows.WSListener):
         on_messages: Callable[[list[Answered | Published]], None],
     ) -> None:
         self.epoch = epoch_min
+        self.owner: UUID | None = None
+        """The process at the other end."""
         self._gateway = gateway
         self._shard = shard
         self._secret = secret
@@ -490,7 +488,7 @@ class _GatewayEnd(picows.WSListener):
         if frame.msg_type == picows.WSMsgType.BINARY:
             try:
                 message: ShardFrame = decode_shard_frame(frame.get_payload_as_memoryview())
-            except msgspec.MsgspecError as error:
+            except MALFORMED as error:
                 logger.warning("shard %d sent what is not of the link's protocol: %s", self._shard, error)
                 self.disconnect()
                 return
@@ -525,11 +523,13 @@ class _GatewayEnd(picows.WSListener):
             self.disconnect()
 
     def _prove(self, greeting: Greeting) -> None:
-        """Answer the shard's challenge, unless it is another shard's, or an incarnation that has been replaced."""
-        if greeting.version != VERSION or greeting.shard != self._shard or greeting.epoch < self.epoch:
+        """Answer the shard's challenge, once, unless it is another shard's, or an owner that has been replaced."""
+        is_right = greeting.version == VERSION and greeting.shard == self._shard and greeting.epoch >= self.epoch
+        if not is_right or self.owner is not None:
             logger.info("an owner of shard %d was refused: epoch %d", self._shard, greeting.epoch)
             self.disconnect()
             return
         self.epoch = greeting.epoch
+        self.owner = greeting.owner
         mac = proof(self._secret, "gateway", greeting.nonce, self._shard, self.epoch)
         self.send(Proof(self._gateway, self._nonce, mac))

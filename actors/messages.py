@@ -145,11 +145,12 @@ class Published(msgspec.Struct, frozen=True, tag="published", array_like=True):
 
 
 class Greeting(msgspec.Struct, frozen=True, tag="greeting", array_like=True):
-    """Who serves here, and since which takeover (`epoch`)."""
+    """Who serves here: the process `owner`, and in which epoch."""
 
     version: int
     shard: int
     epoch: int
+    owner: UUID
     nonce: bytes
 
 
@@ -171,6 +172,10 @@ _ENCODER = msgspec.msgpack.Encoder(uuid_format="bytes")
 encode_into: Final = _ENCODER.encode_into
 decode_gateway_frame: Final = msgspec.msgpack.Decoder(GatewayFrame).decode
 decode_shard_frame: Final = msgspec.msgpack.Decoder(ShardFrame).decode
+
+
+MALFORMED: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What the decoders raise for bytes that are no frame."""
 
 
 def proof(secret: bytes, side: Literal["gateway", "shard"], nonce: bytes, shard: int, epoch: int) -> bytes:

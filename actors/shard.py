@@ -4,12 +4,15 @@ A turn takes requests up at one moment of the clock, decides them at once on the
 One writer appends all that is waiting in one statement, and only then lets the answers and events of those turns out,
 in the order in which they were decided. What a client sees is therefore always in the journal.
 
+Without Postgres a shard is away: it takes nothing up and lets nothing out, and no deadline is executed. It goes on
+where it was once the journal has said what it holds, and the time has been given back.
+
 Plain asyncio: clock, journal, outlets and the way to die are injected.
 """
 
 import asyncio
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from heapq import nsmallest
 from itertools import islice
@@ -21,7 +24,18 @@ import msgspec
 from actors.deadlines import Deadlines
 from actors.directory import slot_of
 from actors.entities import NO_SNAPSHOT, SNAPSHOT_VERSION, Entity, Recorded, bid_accepted
-from actors.journal import EntityRow, Fenced, Journal, Private, Refused, Row, SnapshotRow, Unreadable
+from actors.journal import (
+    EntityRow,
+    Fenced,
+    Journal,
+    Life,
+    Private,
+    Refused,
+    Row,
+    SnapshotRow,
+    Unreadable,
+    Unsettled,
+)
 from actors.messages import (
     Answer,
     Answered,
@@ -41,6 +55,7 @@ from engine.commands import (
     EndAuction,
     ExecuteDue,
     OpenAuction,
+    PayBack,
     PlaceBid,
     command_id,
 )
@@ -50,7 +65,11 @@ from engine.limits import (
     AWAKE_MAX,
     EVENTS_PER_SNAPSHOT,
     IDLE_MS,
+    OUTAGE_MS,
+    READ_AHEAD_MS,
+    READ_AT_ONCE,
     SECOND_MS,
+    SETTLE_RETRY_MS,
     SHARD_LINE_MAX,
     SNAPSHOTS_AT_ONCE,
     VERDICTS_REMEMBERED,
@@ -104,10 +123,12 @@ class _Turn:
         self.snapshots: list[SnapshotRow] = []
         self.steps: list[_Reply | _Happened | _Recollection] = []
         self.requests = 0
+        self.paid_until: int | None = None
+        """For a turn that pays an outage back: until when."""
 
 
 class _Waiting(NamedTuple):
-    """A request for an auction that is being read, with the moment at which it was taken up."""
+    """A request for an auction that is not ready for it, with the moment at which it was taken up."""
 
     outlet: Outlet
     request: Request
@@ -115,7 +136,7 @@ class _Waiting(NamedTuple):
 
 
 class Shard:
-    """The auctions of some slots, in one epoch. `die` ends the process; it must not return."""
+    """The auctions of some slots. `die` ends the process; it must not return."""
 
     def __init__(
         self, *, slots: Collection[int], clock: Callable[[], int], journal: Journal, die: Callable[[str], NoReturn]
@@ -125,8 +146,11 @@ class Shard:
         self._journal = journal
         self._die = die
         self._awake: dict[UUID, Entity] = {}
-        self._waking: dict[UUID, list[_Waiting | None]] = {}
-        """Requests for auctions that are being read, in order; None stands for a deadline."""
+        self._readings: dict[UUID, asyncio.Task[Entity]] = {}
+        self._waking: dict[UUID, deque[_Waiting]] = {}
+        """Requests for auctions that are being read, or in which something is due, in order."""
+        self._overdue: set[UUID] = set()
+        """Auctions whose deadline has come, and was not executed yet."""
         self._rejected: OrderedDict[tuple[UUID, bytes], Rejection] = OrderedDict()
         self._deadlines = Deadlines()
         self._watchers: dict[UUID, dict[Outlet, int]] = {}
@@ -136,6 +160,14 @@ class Shard:
         self._unsaved: dict[UUID, SnapshotRow] = {}
         self._line = 0
         self._work = asyncio.Event()
+        self._is_away = True
+        self._alive_at = 0
+        """The last sign of life, by Postgres's clock."""
+        self._back_at = 0
+        """When the last outage was over. What waited meanwhile was taken up then: it was not to be lost by it."""
+        self._is_sign_wanted = False
+        self._sign = asyncio.Event()
+        """Set, and replaced, at the next sign of life."""
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_stopping = False
@@ -145,10 +177,14 @@ class Shard:
 
     # The public way in
 
-    async def start(self) -> None:
-        """Arm the deadlines, without waking anybody, and begin to serve. Raises `Unreadable`."""
+    async def start(self, down_at: int | None) -> None:
+        """Arm the deadlines, without waking anybody, pay back what is owed since `down_at`, and begin to serve.
+
+        Raises `Unreadable`.
+        """
         for entity_id, due in await self._journal.deadlines():
             self._deadlines.set(entity_id, due)
+        await self._come_back(down_at)
         self._run(self._write())
         self._run(self._keep_alive())
         self._run(self._put_to_sleep())
@@ -182,10 +218,10 @@ class Shard:
                 refused.append(Answered(request.request, refusal))
             else:
                 self._line += 1
-                if entity is not None:
+                if entity is not None and entity_id not in self._waking and not _is_due(entity, now):
                     self._guard(entity, request, outlet, now)
                 else:
-                    self._wake(entity_id, _Waiting(outlet, request, now))
+                    self._wake(entity_id).append(_Waiting(outlet, request, now))
         if refused:
             outlet.deliver(refused)
         self._work.set()
@@ -204,8 +240,8 @@ class Shard:
     # One request
 
     def _refuse(self, entity_id: UUID) -> Rejection | None:
-        """Overload is refused before anything is done; so is what another shard serves."""
-        if self._is_stopping:
+        """Overload is refused before anything is done; so is what another shard serves, or nobody just now."""
+        if self._is_stopping or self._is_away:
             return UNAVAILABLE
         if self._line >= SHARD_LINE_MAX:
             return BUSY
@@ -235,8 +271,8 @@ class Shard:
         self._die(f"a fault while deciding: {error!r}")
 
     def _handle(self, entity: Entity, request: Request, outlet: Outlet, taken_at: int) -> None:
+        """Do what is asked; what was due by then has been executed."""
         now = max(taken_at, entity.last_at)
-        self._execute_due(entity, now)
         match request.payload:
             case PlaceBid() as bid:
                 self._place_bid(entity, bid, request.request, outlet, now)
@@ -325,16 +361,6 @@ class Shard:
         if not outlets:
             self._watchers.pop(topic, None)
 
-    def _execute_due(self, entity: Entity, now: int) -> None:
-        """What is due comes before any command."""
-        while entity.state is not None:
-            due = due_at(entity.state)
-            if due is None or due > now:
-                return
-            decided = decide(entity.state, ExecuteDue(entity.id), now)
-            assert not isinstance(decided, Rejection)
-            self._record(entity, decided, now, None)
-
     def _record(
         self,
         entity: Entity,
@@ -379,38 +405,78 @@ class Shard:
 
     # Waking, deadlines, sleep
 
-    def _wake(self, entity_id: UUID, waiting: _Waiting | None) -> None:
-        """Read an auction; meanwhile what is asked of it waits, in order."""
-        if entity_id in self._waking:
-            self._waking[entity_id].append(waiting)
-            return
-        self._waking[entity_id] = [waiting]
-        self._run(self._load(entity_id))
+    def _wake(self, entity_id: UUID) -> deque[_Waiting]:
+        """Make an auction ready: read it, and execute what is due; meanwhile what is asked of it waits, in order."""
+        waiting = self._waking.get(entity_id)
+        if waiting is None:
+            waiting = self._waking[entity_id] = deque()
+            self._run(self._make_ready(entity_id, waiting))
+        return waiting
 
-    async def _load(self, entity_id: UUID) -> None:
+    async def _make_ready(self, entity_id: UUID, waiting: deque[_Waiting]) -> None:
         try:
-            entity = await self._restore(entity_id)
+            entity = await self._reading(entity_id)
         except Exception as error:
             # Unreadable for now or for ever: whoever waits is told, and this auction alone is out of service.
             logger.exception("the auction %s could not be read", entity_id)
             self._refuse_waiting(entity_id, UNAVAILABLE if isinstance(error, Unreadable) else INTERNAL)
             return
-        now = self._clock()
-        entity.used_at = now
-        self._awake[entity_id] = entity
-        # Deadlines last: each request comes after what was due when it was taken up, and before what was not.
-        for waiting in sorted(self._waking.pop(entity_id), key=lambda one: one is None):
-            if waiting is None:
-                self._execute_due(entity, max(now, entity.last_at))
+        # Each request comes after what was due when it was taken up, and before what was not.
+        while True:
+            moment = max(waiting[0].taken_at if waiting else self._clock(), entity.last_at, self._back_at)
+            due = None if entity.state is None else due_at(entity.state)
+            is_due = due is not None and due <= moment
+            if self._is_away or (due is not None and self._alive_at < due <= moment):
+                await self._signed(due)
+            elif is_due:
+                self._execute_due(entity, moment)
+            elif waiting:
+                one = waiting.popleft()
+                self._guard(entity, one.request, one.outlet, moment)
             else:
-                self._guard(entity, waiting.request, waiting.outlet, waiting.taken_at)
+                break
+        self._overdue.discard(entity_id)
+        del self._waking[entity_id]
         if entity.state is None:
             # Nothing is known under this id: asking for it again and again must not fill the memory.
             del self._awake[entity_id]
         elif len(self._awake) > AWAKE_MAX:
-            longest_unused = nsmallest(AWAKE_MAX // 10, self._awake.values(), key=lambda one: one.used_at)
-            self._sleep(longest_unused)
+            self._sleep(nsmallest(AWAKE_MAX // 10, self._awake.values(), key=lambda one: one.used_at))
         self._work.set()
+
+    def _execute_due(self, entity: Entity, now: int) -> None:
+        """Do what an auction's clock asks for. The shard has lived until then: nobody was kept from bidding."""
+        try:
+            decided = decide(entity.state, ExecuteDue(entity.id), now)
+            assert not isinstance(decided, Rejection)
+            self._record(entity, decided, now, None)
+        except Exception as error:  # noqa: BLE001 (whatever it is, this incarnation ends)
+            self._fail(error)
+        self._work.set()
+
+    async def _signed(self, due: int | None) -> None:
+        """Wait for a sign of life. One that comes before `due` is by a clock that is behind ours."""
+        self._is_sign_wanted = True
+        self._work.set()
+        await self._sign.wait()
+        if due is not None and not self._is_away:
+            await asyncio.sleep(min(max(due - self._alive_at, 0), ALIVE_MS) / SECOND_MS)
+
+    def _reading(self, entity_id: UUID) -> asyncio.Task[Entity]:
+        """An auction, read from the journal unless it is awake; once for all who wait for it."""
+        reading = self._readings.get(entity_id)
+        if reading is None:
+            reading = self._readings[entity_id] = asyncio.get_running_loop().create_task(self._read(entity_id))
+            reading.add_done_callback(lambda _: self._readings.pop(entity_id))
+        return reading
+
+    async def _read(self, entity_id: UUID) -> Entity:
+        entity = self._awake.get(entity_id)
+        if entity is None:
+            entity = await self._restore(entity_id)
+            entity.used_at = self._clock()
+            self._awake[entity_id] = entity
+        return entity
 
     async def _restore(self, entity_id: UUID) -> Entity:
         try:
@@ -422,14 +488,15 @@ class Shard:
 
     def _refuse_waiting(self, entity_id: UUID, refusal: Rejection) -> None:
         for waiting in self._waking.pop(entity_id):
-            if waiting is None:
-                self._deadlines.set(entity_id, self._clock() + SECOND_MS)
-                self._arm()
-            elif isinstance(waiting.request.payload, Unsubscribe):
+            if isinstance(waiting.request.payload, Unsubscribe):
                 self._unwatch(entity_id, waiting.outlet)
                 self._turn.requests += 1
             else:
                 self._reply(waiting.outlet, waiting.request.request, refusal)
+        if entity_id in self._overdue:
+            self._overdue.discard(entity_id)
+            self._deadlines.set(entity_id, self._clock() + SECOND_MS)
+            self._arm()
         self._work.set()
 
     def _arm(self) -> None:
@@ -443,17 +510,9 @@ class Shard:
             self._timer = asyncio.get_running_loop().call_later(delay_s, self._fire)
 
     def _fire(self) -> None:
-        now = self._clock()
-        for entity_id in self._deadlines.pop_due(now):
-            entity = self._awake.get(entity_id)
-            if entity is None:
-                self._wake(entity_id, None)
-                continue
-            try:
-                self._execute_due(entity, max(now, entity.last_at))
-            except Exception as error:  # noqa: BLE001 (whatever it is, this incarnation ends)
-                self._fail(error)
-        self._work.set()
+        for entity_id in self._deadlines.pop_due(self._clock()):
+            self._overdue.add(entity_id)
+            self._wake(entity_id)
         self._arm()
 
     async def _put_to_sleep(self) -> None:
@@ -463,12 +522,16 @@ class Shard:
             self.sleep_idle(self._clock() - IDLE_MS)
 
     def sleep_idle(self, before: int) -> None:
-        """Put to sleep what was last used before this time and has nothing waiting for its commit."""
-        self._sleep([entity for entity in self._awake.values() if entity.used_at <= before])
+        """Put to sleep what was last used before this time and has nothing waiting for its commit.
+
+        While the shard is away that is nobody: time may be owed to those that are awake.
+        """
+        if not self._is_away:
+            self._sleep([entity for entity in self._awake.values() if entity.used_at <= before])
 
     def _sleep(self, entities: Iterable[Entity]) -> None:
         for entity in entities:
-            if entity.turn <= self._released:
+            if entity.turn <= self._released and entity.id not in self._waking:
                 if entity.seq > entity.saved_seq:
                     self._turn.snapshots.append(entity.snapshot_row())
                 del self._awake[entity.id]
@@ -481,19 +544,109 @@ class Shard:
         while True:
             await self._work.wait()
             self._work.clear()
-            turn, self._turn = self._turn, _Turn(self._turn.number + 1)
-            try:
-                if turn.rows:
-                    await self._journal.append(turn.rows, list(turn.entities.values()))
-                elif turn.steps:
-                    await self._journal.check()
+            turn = self._next_turn()
+            if turn.rows or turn.steps or self._is_sign_wanted:
+                await self._come_back(await self._commit(turn))
+            else:
                 self._release(turn)
-                await self._save_snapshots(turn)
-            except Fenced:
-                self._die("a newer incarnation of this shard has taken over")
-            except Refused as error:
-                self._die(f"the journal did not take a write: {error}")
+            await self._save_snapshots()
             self._check_drained()
+
+    def _next_turn(self) -> _Turn:
+        """What was decided until now; what comes next is gathered in another turn."""
+        turn, self._turn = self._turn, _Turn(self._turn.number + 1)
+        return turn
+
+    async def _commit(self, turn: _Turn) -> int | None:
+        """Have a turn in the journal and let it out, however long that takes; the start of an unpaid outage."""
+        rows, entities = turn.rows, list(turn.entities.values())
+        # Whoever asks for a sign from now on may need a later one.
+        self._is_sign_wanted = False
+        try:
+            if rows or turn.paid_until is not None:
+                life = await self._journal.append(rows, entities, turn.paid_until)
+            else:
+                life = await self._journal.check()
+        except Unsettled as error:
+            life = await self._settle(turn, error)
+        except Refused as error:
+            self._die(f"the journal did not take a write: {error}")
+        self._release(turn)
+        self._alive_at = life.alive_at
+        self._sign.set()
+        self._sign = asyncio.Event()
+        return life.down_at
+
+    async def _settle(self, turn: _Turn, error: Unsettled) -> Life:
+        """Find out what became of a turn's write, and do what was not done of it. Meanwhile the shard is away."""
+        logger.warning("the shard is away: %s", error)
+        self._is_away = True
+        while True:
+            try:
+                return await self._journal.settle(turn.rows, list(turn.entities.values()), turn.paid_until)
+            except Unsettled as unsettled:
+                logger.debug("the journal cannot be asked: %s", unsettled)
+            except Fenced:
+                self._die("another process has taken this shard over")
+            except Refused as refused:
+                self._die(f"the journal did not take a write: {refused}")
+            await asyncio.sleep(SETTLE_RETRY_MS / SECOND_MS)
+
+    async def _come_back(self, down_at: int | None) -> None:
+        """Pay back what is owed since `down_at`, and serve."""
+        while down_at is not None:
+            self._is_away = True
+            await self._read_closing()
+            # Postgres's clock may have jumped ahead of ours; then paying up to ours would never be enough.
+            now = max(self._clock(), self._alive_at)
+            if now - down_at > OUTAGE_MS:
+                logger.warning("no bid could be placed for %d ms: the time is given back", now - down_at)
+                self._back_at = now
+                for entity in self._awake.values():
+                    self._pay_back(entity, down_at, now)
+            turn = self._next_turn()
+            turn.paid_until = now
+            down_at = await self._commit(turn)
+        if self._is_away:
+            self._is_away = False
+            self._arm()
+
+    async def _read_closing(self) -> None:
+        """Wake all auctions to which an outage may owe time, and go on giving signs of life."""
+        until = 0
+        # While they are read more of them come near to their ends.
+        while until <= self._clock():
+            until = self._clock() + READ_AHEAD_MS
+            try:
+                asleep = [one for one in await self._journal.closing(until) if one not in self._awake]
+                for first in range(0, len(asleep), READ_AT_ONCE):
+                    await self._read_batch(asleep[first : first + READ_AT_ONCE])
+            except Unreadable as error:
+                logger.debug("the journal cannot be read: %s", error)
+                until = 0
+                await asyncio.sleep(SETTLE_RETRY_MS / SECOND_MS)
+
+    async def _read_batch(self, batch: Sequence[UUID]) -> None:
+        """Wake some auctions, and show that the shard lives. Raises `Unreadable`; what is broken is left out."""
+        readings = [self._reading(entity_id) for entity_id in batch]
+        await asyncio.wait(readings)
+        for entity_id, reading in zip(batch, readings, strict=True):
+            failure = reading.exception()
+            if isinstance(failure, Unreadable):
+                raise failure
+            if failure is not None:
+                logger.error("the auction %s could not be read", entity_id, exc_info=failure)
+        await self._commit(self._next_turn())
+
+    def _pay_back(self, entity: Entity, down_at: int, now: int) -> None:
+        """Give an auction back the time that it lost; one that was to open meanwhile opens now."""
+        now = max(now, entity.last_at)
+        if entity.state is not None and entity.state.status == "scheduled" and _is_due(entity, now):
+            self._execute_due(entity, now)
+        decided = decide(entity.state, PayBack(entity.id, down_at), now)
+        assert not isinstance(decided, Rejection)
+        if decided:
+            self._record(entity, decided, now, None)
 
     def _release(self, turn: _Turn) -> None:
         outputs: dict[Outlet, list[Answered | Published]] = {}
@@ -509,6 +662,8 @@ class Shard:
                 self._run(self._recollect(step))
         for topic, events in happened.items():
             self._publish(topic, events, outputs)
+        for row in turn.snapshots:
+            self._unsaved[row.entity_id] = row
         self._line -= turn.requests
         self._released = turn.number
         for outlet, messages in outputs.items():
@@ -537,16 +692,21 @@ class Shard:
         step.outlet.deliver([Answered(step.request, answer)])
         self._check_drained()
 
-    async def _save_snapshots(self, turn: _Turn) -> None:
+    async def _save_snapshots(self) -> None:
         """Save some of the snapshots that wait; the others after the next append."""
-        for row in turn.snapshots:
-            self._unsaved[row.entity_id] = row
         rows = list(islice(self._unsaved.values(), SNAPSHOTS_AT_ONCE))
         if not rows:
             return
-        await self._journal.save_snapshots(rows)
-        for row in rows:
-            del self._unsaved[row.entity_id]
+        try:
+            await self._journal.save_snapshots(rows)
+        except Unsettled as error:
+            life = await self._settle(_Turn(0), error)
+            await self._come_back(life.down_at)
+        except Refused as error:
+            self._die(f"the journal did not take a snapshot: {error}")
+        else:
+            for row in rows:
+                del self._unsaved[row.entity_id]
         if self._unsaved:
             self._work.set()
 
@@ -559,12 +719,8 @@ class Shard:
         """Without appends the epoch is checked, and a sign of life given, all the same."""
         while True:
             await asyncio.sleep(ALIVE_MS / SECOND_MS)
-            try:
-                await self._journal.check()
-            except Fenced:
-                self._die("a newer incarnation of this shard has taken over")
-            except Refused as error:
-                self._die(f"the journal did not answer: {error}")
+            self._is_sign_wanted = True
+            self._work.set()
 
     def _run(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -590,6 +746,12 @@ class _Asking:
         for message in messages:
             if isinstance(message, Answered) and not self.answer.done():
                 self.answer.set_result(message.answer)
+
+
+def _is_due(entity: Entity, now: int) -> bool:
+    """Whether the auction's own clock asks for something at this time, or has asked."""
+    due = None if entity.state is None else due_at(entity.state)
+    return due is not None and due <= max(now, entity.last_at)
 
 
 def _join(events: Iterable[Recorded]) -> bytes:

@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any, Final
 
-from actors.bootstrap import Place, set_up_logging, start_shard
+from actors.bootstrap import Place, RunningShard, host_of, set_up_logging, settle_memory, start_shard
 from actors.messages import Answer, Payload
 from actors.ray_actor import begin, die, spawn
 
@@ -15,7 +15,7 @@ class ShardActor:
 
     def __init__(self, place: Place, number: int) -> None:
         set_up_logging(place, actor_name(number))
-        self._starting = begin(start_shard(place, number, die))
+        self._starting = begin(_start(place, number))
 
     async def ready(self) -> None:
         """Return when the shard takes links."""
@@ -30,6 +30,12 @@ class ShardActor:
         """Commit, answer, keep snapshots and hand the shard back."""
         running = await asyncio.shield(self._starting)
         await running.stop()
+
+
+async def _start(place: Place, number: int) -> RunningShard:
+    running = await start_shard(host_of(place), number, die)
+    settle_memory()
+    return running
 
 
 def actor_name(number: int) -> str:

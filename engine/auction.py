@@ -15,7 +15,7 @@ from uuid import UUID
 import msgspec
 
 from engine.chain import seal
-from engine.commands import CancelAuction, Command, EndAuction, ExecuteDue, OpenAuction, PlaceBid, Terms
+from engine.commands import CancelAuction, Command, EndAuction, ExecuteDue, OpenAuction, PayBack, PlaceBid, Terms
 from engine.events import (
     BidPlaced,
     Cancelled,
@@ -35,6 +35,8 @@ from engine.limits import (
     AUCTION_DURATION_MS_MAX,
     AUCTION_NOTICE_MS_MAX,
     INCREMENT_STEPS_MAX,
+    OUTAGE_LEAST_MS,
+    OUTAGE_WINDOW_MS,
     REASON_LENGTH_MAX,
     SECOND_MS,
     SOFT_CLOSE_EXTENSION_MS_MAX,
@@ -135,6 +137,12 @@ def due_at(state: Auction) -> int | None:
     return state.terms.start_time if state.status == "scheduled" else None
 
 
+def outage_window_ms(state: Auction) -> int:
+    """How near to its end an auction must be for an outage to move it."""
+    soft_close = state.terms.soft_close
+    return OUTAGE_WINDOW_MS if soft_close is None else soft_close.window_ms
+
+
 # Deciding
 
 
@@ -154,6 +162,8 @@ def decide(state: Auction | None, command: Command, now: int) -> list[Event] | R
             return _end(state, command, now)
         case CancelAuction():
             return _cancel(state, command, now)
+        case PayBack():
+            return _pay_back(state, command, now)
         case _:
             assert_never(command)
 
@@ -275,6 +285,22 @@ def _execute_due(state: Auction | None, now: int) -> list[Event]:
     if state.status == "scheduled":
         return [Opened(state.auction, state.maker, state.terms)]
     return [_ended(state, "deadline", now, None)]
+
+
+def _pay_back(state: Auction | None, outage: PayBack, now: int) -> list[Event]:
+    """Move an end that an outage came too near to: as much time is left as there was, or at least as much as it took.
+
+    An auction whose start fell into the outage lost the time since then.
+    """
+    if state is None or state.status != "active":
+        return []
+    assert state.terms.start_time is not None
+    down = max(outage.down, state.terms.start_time)
+    if not down < min(state.end_time, now) or state.end_time >= now + outage_window_ms(state):
+        return []
+    end_time = now + max(state.end_time - down, min(now - down, OUTAGE_LEAST_MS))
+    cap = None if state.end_time_max is None else state.end_time_max + end_time - state.end_time
+    return [Extended(end_time, cap, "outage")]
 
 
 def _open(state: Auction | None, command: OpenAuction, now: int) -> list[Event] | Rejection:

@@ -92,7 +92,14 @@ class ExecuteDue(msgspec.Struct, frozen=True, tag="due", array_like=True):
     auction: UUID
 
 
-Command = OpenAuction | PlaceBid | EndAuction | CancelAuction | ExecuteDue
+class PayBack(msgspec.Struct, frozen=True, tag="pay_back", array_like=True):
+    """Give back the time that an outage took: from `down` until now no bid could be placed."""
+
+    auction: UUID
+    down: int
+
+
+Command = OpenAuction | PlaceBid | EndAuction | CancelAuction | ExecuteDue | PayBack
 
 
 BID_COMMAND_ID_BYTES: Final = 32

@@ -24,6 +24,12 @@ AUCTION_NOTICE_MS_MAX = 366 * DAY_MS
 SOFT_CLOSE_WINDOW_MS_MAX = DAY_MS
 SOFT_CLOSE_EXTENSION_MS_MAX = DAY_MS
 SOFT_CLOSE_TOTAL_MS_MAX = 30 * DAY_MS
+OUTAGE_MS = 1 * SECOND_MS
+"""A shard that gave no sign of life for longer was out, and owes its auctions time."""
+OUTAGE_WINDOW_MS = MINUTE_MS
+"""An auction without soft close gets time back when it is this near to its end."""
+OUTAGE_LEAST_MS = MINUTE_MS
+"""So much time is left after an outage, or as much as it took."""
 
 # Client sockets
 FRAME_BYTES_MAX = 16 * 1024
@@ -81,6 +87,15 @@ RESUME_EVENTS_MAX = 1_000
 IDLE_MS = 60 * SECOND_MS
 ALIVE_MS = 500
 OWNER_SILENT_MS = 2 * SECOND_MS
+WRITE_TIMEOUT_MS = 2 * SECOND_MS
+"""A write that is not answered for so long may have been done or not: the outcome is settled."""
+TAKEOVER_TIMEOUT_MS = SECOND_MS // 2
+"""A takeover that waits longer ends the session of the old owner, which holds the lock."""
+SETTLE_RETRY_MS = 100
+READ_AT_ONCE = 50
+"""Auctions that are read at the same time after an outage, between two signs of life."""
+READ_AHEAD_MS = 10 * SECOND_MS
+"""So much nearer to its end an auction may come while all of these are read."""
 BUSY_RETRY_MS = 250
 CLOCK_SYNC_MS = MINUTE_MS
 CLOCK_ROUND_TRIP_MS_MAX = 50
@@ -100,6 +115,6 @@ assert LINK_IN_FLIGHT_MAX <= SHARD_LINE_MAX
 assert LINK_OUTPUT_BYTES + RESUME_EVENTS_MAX * 1_024 < LINK_FRAME_BYTES_MAX
 assert LINK_BATCH_MAX * FRAME_BYTES_MAX <= LINK_FRAME_BYTES_MAX
 assert LINK_PING_MS * 2 < LINK_DEAD_MS
-assert ALIVE_MS * 2 < OWNER_SILENT_MS
+assert ALIVE_MS * 2 <= OUTAGE_MS < OWNER_SILENT_MS
 assert SOFT_CLOSE_EXTENSION_MS_MAX <= SOFT_CLOSE_TOTAL_MS_MAX
 assert TOKEN_LENGTH_MAX < FRAME_BYTES_MAX

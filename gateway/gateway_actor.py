@@ -14,8 +14,9 @@ import asyncpg
 import msgspec
 import uvicorn
 
-from actors.bootstrap import Place, connect, keep_synchronised, set_up_logging, settle_memory
+from actors.bootstrap import Host, Place, host_of, keep_synchronised, set_up_logging, settle_memory
 from actors.clock import Clock
+from actors.database import ERRORS
 from actors.directory import Directory, Owner
 from actors.link import Link
 from actors.ray_actor import begin, die_if_failed, spawn
@@ -45,8 +46,8 @@ class Door(msgspec.Struct, frozen=True, kw_only=True):
 class RunningGateway:
     """A gateway with all that it needs, serving."""
 
-    def __init__(self, place: Place, name: str, pool: asyncpg.Pool, clock: Clock) -> None:
-        self._place = place
+    def __init__(self, host: Host, name: str, pool: asyncpg.Pool, clock: Clock) -> None:
+        self._host = host
         self._name = name
         self._pool = pool
         self._clock = clock
@@ -107,7 +108,8 @@ class RunningGateway:
         return Link(
             gateway=self._name,
             shard=shard,
-            secret=self._place.secret(),
+            secret=self._host.secret,
+            network=self._host.network,
             find_owner=self._find_owner,
             on_published=fanout.published,
             on_open=fanout.resubscribe,
@@ -131,7 +133,7 @@ class RunningGateway:
     async def _database_health(self) -> str:
         try:
             await self._pool.fetchval("SELECT 1", timeout=_HEALTH_S)
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        except ERRORS:
             return "out of reach"
         return HEALTHY
 
@@ -139,10 +141,11 @@ class RunningGateway:
 async def start_gateway(place: Place, door: Door, name: str) -> RunningGateway:
     """Wire a gateway and serve. Waits for Postgres and for every shard."""
     _raise_file_limit()
-    pool = await connect(place.database_url)
-    clock = Clock()
+    host = host_of(place)
+    pool = await host.database.pool()
+    clock = Clock(host.monotonic_ns)
     await clock.synchronise(pool)
-    running = RunningGateway(place, name, pool, clock)
+    running = RunningGateway(host, name, pool, clock)
     await running.serve(door)
     settle_memory()
     return running

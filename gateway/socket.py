@@ -121,7 +121,7 @@ class Sockets:
     def __init__(self, sockets_max: int = SOCKETS_MAX) -> None:
         self.sockets_max = sockets_max
         self.is_draining = False
-        self._open: set[ClientSocket] = set()
+        self._open: dict[ClientSocket, None] = {}
 
     def __len__(self) -> int:
         return len(self._open)
@@ -145,12 +145,12 @@ class Sockets:
         """Let a socket in; False if the house is full."""
         if len(self._open) >= self.sockets_max:
             return False
-        self._open.add(socket)
+        self._open[socket] = None
         return True
 
     def discard(self, socket: "ClientSocket") -> None:
         """Forget a socket that is closed or closing."""
-        self._open.discard(socket)
+        self._open.pop(socket, None)
 
 
 def make_protocol(
@@ -162,6 +162,10 @@ def make_protocol(
         if request.path.partition(b"?")[0] != PATH:
             not_found = WSUpgradeResponse.create_error_response(404, b"There is no WebSocket here; it is at /v1/live.")
             return WSUpgradeResponseWithListener(not_found, None)
+        if not request.headers.get("Sec-WebSocket-Version", "").isascii():
+            # picows would repeat it in its answer, and fail to.
+            wrong = WSUpgradeResponse.create_error_response(400, b"The version of the WebSocket protocol is 13.")
+            return WSUpgradeResponseWithListener(wrong, None)
         # Firefox sends "keep-alive, Upgrade". uvicorn has found the word in the list; picows takes only the word alone.
         request.headers["Connection"] = "Upgrade"
         offered = ",".join(request.headers.getall("Sec-WebSocket-Protocol", [])).split(",")

@@ -215,7 +215,8 @@ def _is_object(data: bytes) -> bool:
         raise ValueError(f"JSON has no {constant}")
 
     try:
-        return isinstance(json.loads(data.decode(), parse_constant=refuse), dict)
+        # How long an integer is has no bearing on it, and Python refuses to read very long ones.
+        return isinstance(json.loads(data.decode(), parse_constant=refuse, parse_int=len), dict)
     except (ValueError, RecursionError):
         return False
 

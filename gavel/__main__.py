@@ -16,6 +16,7 @@ COMMANDS: Final = {
     "replay": "Play a recorded bid history against an engine.",
     "verify": "Check the journal: order, hash chains, decisions.",
     "bench": "Measure how many bids an engine takes.",
+    "simulate": "Run the engine on simulated time and faults, and judge it.",
 }
 INTERRUPTED: Final = 130
 """The exit code of a program that Ctrl-C ended: 128 and the signal's number."""

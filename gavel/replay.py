@@ -35,6 +35,8 @@ MAKER: Final = uuid5(NAMESPACE, "maker")
 TOKEN_TTL_S: Final = 24 * 60 * 60
 OPEN_MONTHS: Final = 6
 COLUMNS: Final = ("auctionid", "bid", "bidtime", "bidder", "openbid", "price", "item")
+VERDICT: Final = ("code", "seq", "hash", "outcome", "price", "paddle", "max_amount", "minimum", "end_time")
+"""What a history tells of an answer."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ A run that broke off goes on with the same --run."""
 @click.option("--run", "run_name", help="The run's name, to begin or to go on with. [default: a random one]")
 @click.option("--patience", type=click.FloatRange(min=0), default=PATIENCE_S, show_default=True, help="In seconds.")
 @click.option("--data-dir", type=click.Path(path_type=Path), help="The engine's data folder, for its key.")
-@click.option("--acks", type=click.File("a", lazy=False), help="Append every acknowledgement to this file, as JSON.")
+@click.option("--history", "seen", type=click.File("a", lazy=False), help="Append each bid and answer to this file.")
 @click.option("--json", "results", type=click.File("w"), help="Write the results to this file.")
 def command(
     file: Path,
@@ -110,7 +112,7 @@ def command(
     run_name: str | None,
     patience: float,
     data_dir: Path | None,
-    acks: TextIO | None,
+    seen: TextIO | None,
     results: TextIO | None,
 ) -> None:
     """Play the bid history in FILE (CSV) against an engine, each bidder a user with a socket of its own."""
@@ -125,7 +127,7 @@ def command(
         run_name or secrets.token_hex(4),
         has_reserve=reserve_from_price,
         patience_s=patience,
-        acks=acks,
+        seen=seen,
     )
     click.echo(f"Run {replay.run}: to go on with it if it breaks off, add --run {replay.run}.", err=True)
     tally = play_with_progress(replay, history, concurrency)
@@ -220,7 +222,7 @@ class Replay:
         *,
         has_reserve: bool = False,
         patience_s: float = PATIENCE_S,
-        acks: TextIO | None = None,
+        seen: TextIO | None = None,
     ) -> None:
         self.run = run
         self.tally = Tally()
@@ -228,7 +230,7 @@ class Replay:
         self._private_pem = private_pem
         self._has_reserve = has_reserve
         self._patience_s = patience_s
-        self._acks = acks
+        self._seen = seen
 
     async def play_all(self, history: Iterable[RecordedAuction], concurrency: int, on_bid: Callable[[], None]) -> Tally:
         """Play auctions, `concurrency` at a time. Raises `CommandError` when patience is at an end."""
@@ -257,17 +259,15 @@ class Replay:
         )
         auction = UUID(opened["auction_id"])
         async with AsyncExitStack() as sockets:
-            bidders: dict[str, LiveClient] = {}
+            bidders: dict[str, Bidder] = {}
             for row, bid in enumerate(recorded.bids):
                 if bid.bidder not in bidders:
-                    token = self._token(user_of(bid.bidder), "viewer")
-                    client = LiveClient(self._url, token=token, patience_s=self._patience_s)
-                    bidders[bid.bidder] = await sockets.enter_async_context(client)
-                bid_id = bid_id_of(self.run, recorded.name, row)
-                verdict = await bidders[bid.bidder].bid(auction, bid_id, max_amount=bid.max_amount)
-                self._count(auction, bid_id, verdict)
+                    bidders[bid.bidder] = self._bidder(auction, recorded.name, bid.bidder)
+                    await sockets.enter_async_context(bidders[bid.bidder].client)
+                verdict = await bidders[bid.bidder].bid(bid_id_of(self.run, recorded.name, row), bid.max_amount)
+                self._count(verdict)
                 on_bid()
-            self.tally.reconnects += sum(client.reconnects for client in bidders.values())
+            self.tally.reconnects += sum(bidder.client.reconnects for bidder in bidders.values())
         try:
             await api.call("POST", f"/auctions/{auction}/end", token=maker, body={"reason": "end of the replay"})
         except ApiRefusal as refusal:
@@ -289,19 +289,71 @@ class Replay:
             "soft_close": None,
         } | ({} if reserve is None else {"reserve_price": str(to_decimal(reserve, CURRENCY))})
 
-    def _count(self, auction: UUID, bid_id: UUID, verdict: Message) -> None:
-        if verdict["type"] != "ack":
+    def _bidder(self, auction: UUID, recorded: str, name: str) -> "Bidder":
+        user = user_of(name)
+        client = f"{recorded}/{name}"
+        return Bidder(self._url, self._token(user, "viewer"), auction, user, client, self._patience_s, self._seen)
+
+    def _count(self, verdict: Message) -> None:
+        if verdict["type"] == "ack":
+            self.tally.acks += 1
+        else:
             self.tally.refusals[verdict["code"]] += 1
-            return
-        self.tally.acks += 1
-        if self._acks is not None:
-            line = {"auction": str(auction), "bid_id": str(bid_id), "seq": verdict["seq"], "hash": verdict["hash"]}
-            # Flushed: whoever checks that nothing acknowledged was lost may kill us, too.
-            self._acks.write(json.dumps(line) + "\n")
-            self._acks.flush()
 
     def _token(self, user: UUID, role: Role) -> str:
         return issue(self._private_pem, user, role, TOKEN_TTL_S, time.time_ns() // 1_000_000)
+
+
+class Bidder:
+    """One bidder of one auction, on a socket of its own; it bids one bid after another.
+
+    What it sends and hears goes to `seen`, a JSON object a line: the records of `tests/simulation/history.py`.
+    """
+
+    def __init__(
+        self, url: str, token: str, auction: UUID, user: UUID, name: str, patience_s: float, seen: TextIO | None
+    ) -> None:
+        self.client = LiveClient(url, token=token, on_message=self.heard, patience_s=patience_s)
+        self._auction = auction
+        self._user = user
+        self._name = name
+        self._seen = seen
+        self._bid_id: UUID | None = None
+        self._max_amount = 0
+        self._sent_on = 0
+        """The connection on which the bid was sent last."""
+        self._is_answered = True
+
+    async def bid(self, bid_id: UUID, max_amount: int) -> Message:
+        """Bid, and wait for the verdict, for as long as the client has patience."""
+        self._bid_id, self._max_amount = bid_id, max_amount
+        self._sent(max(1, self.client.connections))
+        return await self.client.bid(self._auction, bid_id, max_amount=max_amount)
+
+    def heard(self, message: Message) -> None:
+        """Take a message of the client's."""
+        if message["type"] not in ("ack", "rejected", "error"):
+            return
+        # The client sends by itself again: on each new connection, and after a refusal for the moment.
+        for connection in range(self._sent_on + 1, self.client.connections + 1):
+            self._sent(connection)
+        if self._is_answered:
+            self._sent(self._sent_on)
+        self._is_answered = True
+        self._write({"type": "verdict", "kind": message["type"]} | {name: message.get(name) for name in VERDICT})
+
+    def _sent(self, connection: int) -> None:
+        self._sent_on, self._is_answered = connection, False
+        self._write({"type": "sent", "bidder": str(self._user), "max_amount": self._max_amount})
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self._seen is None:
+            return
+        record |= {"client": self._name, "connection": self._sent_on, "at": time.time_ns() // 1_000_000}
+        record |= {"auction": str(self._auction), "bid_id": str(self._bid_id)}
+        # Flushed: whoever checks that nothing acknowledged was lost may kill us, too.
+        self._seen.write(json.dumps(record) + "\n")
+        self._seen.flush()
 
 
 def play_with_progress(replay: Replay, history: list[RecordedAuction], concurrency: int) -> Tally:

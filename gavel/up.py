@@ -2,16 +2,13 @@
 
 import asyncio
 import contextlib
-import logging
 import os
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, TextIO
 
 import asyncpg
 import click
@@ -20,24 +17,21 @@ from sqlalchemy.exc import SQLAlchemyError
 
 import migrations
 from actors.bootstrap import Place
+from actors.database import ERRORS
 from actors.directory import Directory
+from gavel.cluster import Cluster
 from gavel.errors import CommandError
 from gavel.keys import KeyPair, ensure_keys, ensure_secret, secret_path
 from gavel.postgres import EmbeddedPostgres, held, tune
 from gavel.settings import Settings, load_settings
+from gavel.supervision import LOOK_S, PAUSE_S, beside, is_done_before, pauses, persist
 
-_START_S: Final = 60
-_STOP_S: Final = 20
-_RETRY_S: Final = 0.2
-_OBJECT_STORE_BYTES: Final = 200 * 1024 * 1024
-_RAY_ENVIRONMENT: Final = {
-    # Workers would run at nice 15 otherwise.
-    "RAY_worker_niceness": "0",
-    # A killed actor answers again after 1.0 s, not 1.7 s and more.
-    "RAY_timeout_ms_task_wait_for_death_info": "50",
-}
 _DATABASE_LOCK: Final = 0x676176656C75
+_SESSION: Final = "SELECT pid, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()"
+_END_SESSION: Final = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = $1 AND backend_start = $2"
 _HOLD_TRIES: Final = 25
+_HOLD_LOOK_S: Final = 1
+_ANSWER_S: Final = 5
 _DURABILITY: Final = ("fsync", "full_page_writes", "synchronous_commit")
 
 
@@ -64,32 +58,42 @@ def command(demo: bool, **given: object) -> None:
 
 async def _up(settings: Settings, *, is_demo: bool) -> None:
     stop = asyncio.Event()
-    _on_signals(stop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, _stop, stop)
     async with contextlib.AsyncExitStack() as stack:
-        log_dir = stack.enter_context(_data_folder(settings.data_dir))
-        port = stack.enter_context(_reserved_port(settings.host, settings.port))
-        keys = ensure_keys(settings.data_dir)
-        database_url = settings.database_url or stack.enter_context(_embedded_postgres(settings.data_dir))
-        await stack.enter_async_context(_prepared(database_url, settings))
-        _provide_secret(settings)
-        place = Place(
-            database_url=database_url,
-            secret_path=str(secret_path(settings.data_dir)),
-            log_dir=str(log_dir),
-            log_level=settings.log_level,
-        )
-        stack.enter_context(_ray(settings, stop))
-        # Ray has put a handler of its own for SIGTERM, which prints a stack and aborts this process 3 s later.
-        _on_signals(stop)
-        if not stop.is_set():
-            await stack.enter_async_context(_actors(settings, place, port, keys))
-            url = settings.model_copy(update={"port": port}).url
-            click.echo(f"ready {url}")
-            if is_demo:
-                await stack.enter_async_context(_demo(url, keys))
-            _say(f"press Ctrl-C to stop; the description of the API is at {url}/docs")
-        await stop.wait()
+        if await is_done_before(_start(settings, stack, stop, is_demo=is_demo), stop.wait()):
+            await stop.wait()
+
+
+def _stop(stop: asyncio.Event) -> None:
+    if not stop.is_set():
         _say("stopping")
+        stop.set()
+
+
+async def _start(settings: Settings, stack: contextlib.AsyncExitStack, stop: asyncio.Event, *, is_demo: bool) -> None:
+    """Start everything, in order, and have `stack` stop it. What it cannot do without sets `stop` when it fails."""
+    log_dir = stack.enter_context(_data_folder(settings.data_dir))
+    output = stack.enter_context(_output_of_our_own(log_dir))
+    port = stack.enter_context(_reserved_port(settings.host, settings.port))
+    keys = ensure_keys(settings.data_dir)
+    _provide_secret(settings)
+    database_url = settings.database_url
+    if database_url is None:
+        database_url = await stack.enter_async_context(_embedded_postgres(settings.data_dir, stop))
+    await stack.enter_async_context(_held_database(database_url, settings, stop))
+    place = Place(
+        database_url=database_url,
+        secret_path=str(secret_path(settings.data_dir)),
+        log_dir=str(log_dir),
+        log_level=settings.log_level,
+    )
+    await stack.enter_async_context(_running_cluster(Cluster(settings, place, port, keys.public_pem, _say), stop))
+    url = settings.model_copy(update={"port": port}).url
+    click.echo(f"ready {url}", file=output)
+    if is_demo:
+        await stack.enter_async_context(_demo(url, keys))
+    _say(f"press Ctrl-C to stop; the description of the API is at {url}/docs")
 
 
 def _provide_secret(settings: Settings) -> None:
@@ -97,11 +101,6 @@ def _provide_secret(settings: Settings) -> None:
     ensure_secret(settings.data_dir, settings.secret)
     if settings.secret is not None:
         os.environ["GAVEL_SECRET"] = settings.secret.get_secret_value()
-
-
-def _on_signals(stop: asyncio.Event) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
 
 
 @contextlib.contextmanager
@@ -136,151 +135,121 @@ def _reserved_port(host: str, port: int) -> Iterator[int]:
         ) from error
 
 
-@contextlib.contextmanager
-def _embedded_postgres(data_dir: Path) -> Iterator[str]:
+@contextlib.asynccontextmanager
+async def _embedded_postgres(data_dir: Path, stop: asyncio.Event) -> AsyncIterator[str]:
+    """Start the embedded Postgres, and start it again whenever it dies; yields its URL."""
     _say("starting Postgres")
     postgres = EmbeddedPostgres(data_dir)
-    url = postgres.start()
     try:
-        yield url
+        url = await asyncio.to_thread(postgres.start)
+        async with beside(_keep_postgres(postgres), stop):
+            yield url
     finally:
         postgres.stop()
 
 
+async def _keep_postgres(postgres: EmbeddedPostgres) -> None:
+    while True:
+        await asyncio.sleep(LOOK_S)
+        if postgres.has_died():
+            _say("Postgres has died: it is started again")
+            await persist(lambda: asyncio.to_thread(postgres.start), _say)
+            _say("Postgres runs again")
+
+
 @contextlib.asynccontextmanager
-async def _prepared(database_url: str, settings: Settings) -> AsyncIterator[None]:
-    """Check the database, hold it for ourselves, bring its schema up to date and deal the slots."""
+async def _held_database(database_url: str, settings: Settings, stop: asyncio.Event) -> AsyncIterator[None]:
+    """Check the database and hold it for ourselves, bring its schema up to date and deal the slots."""
+    hold = _Hold(database_url)
     try:
-        connection = await asyncpg.connect(database_url)
-    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as error:
-        raise _unusable(error) from error
-    try:
-        await _prepare(connection, database_url, settings)
-        yield
+        try:
+            await hold.take()
+            if settings.database_url is None:
+                await hold.tune()
+            await migrations.upgrade(database_url)
+            async with asyncpg.create_pool(database_url, min_size=1, max_size=1) as pool:
+                await Directory(pool).lay_out(settings.shards)
+        except (*ERRORS, ValueError, SQLAlchemyError, MigrationError) as error:
+            raise CommandError(
+                f"The database cannot be used ({type(error).__name__}: {error}); check GAVEL_DATABASE_URL."
+            ) from error
+        async with beside(hold.keep(), stop):
+            yield
     finally:
-        await connection.close()
+        await hold.end()
 
 
-async def _prepare(connection: asyncpg.Connection, database_url: str, settings: Settings) -> None:
-    try:
-        if settings.database_url is None:
-            await tune(connection)
+class _Hold:
+    """Lets no second engine deal the slots of a database: a lock that lasts as long as the session that took it."""
+
+    def __init__(self, database_url: str) -> None:
+        self._database_url = database_url
+        self._connection: asyncpg.Connection | None = None
+        self._session: asyncpg.Record | None = None
+
+    async def take(self) -> None:
+        """Take the lock in a new session.
+
+        Raises one of `ERRORS`, or `CommandError` if the database is none for us: it is another engine's, or unsafe.
+        """
+        await self.end()
+        self._connection = connection = await asyncpg.connect(self._database_url)
         for setting in _DURABILITY:
             if await connection.fetchval("SELECT current_setting($1)", setting) == "off":
                 raise CommandError(
                     f"The database has {setting} off and would lose acknowledged bids; turn it on there."
                 )
-        await _hold(connection)
-        await migrations.upgrade(database_url)
-        async with asyncpg.create_pool(database_url, min_size=1, max_size=1) as pool:
-            await Directory(pool).lay_out(settings.shards)
-    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, SQLAlchemyError, MigrationError) as error:
-        raise _unusable(error) from error
+        if self._session is not None:
+            # Where only the network broke, our old session may live on and hold the lock.
+            await connection.execute(_END_SESSION, *self._session)
+        self._session = await connection.fetchrow(_SESSION)
+        for _ in range(_HOLD_TRIES):
+            if await connection.fetchval("SELECT pg_try_advisory_lock($1)", _DATABASE_LOCK):
+                return
+            # An engine that has just died may take Postgres a moment to notice.
+            await asyncio.sleep(PAUSE_S)
+        raise CommandError("Another engine runs on this database; stop it first, or use a database of its own.")
 
+    async def tune(self) -> None:
+        """Set what an embedded Postgres is to do otherwise."""
+        assert self._connection is not None
+        await tune(self._connection)
 
-async def _hold(connection: asyncpg.Connection) -> None:
-    """Let no second engine deal the slots of this database: the lock lasts as long as this connection."""
-    for _ in range(_HOLD_TRIES):
-        if await connection.fetchval("SELECT pg_try_advisory_lock($1)", _DATABASE_LOCK):
-            return
-        # An engine that has just died may take Postgres a moment to notice.
-        await asyncio.sleep(_RETRY_S)
-    raise CommandError("Another engine runs on this database; stop it first, or use a database of its own.")
+    async def keep(self) -> None:
+        """Take the lock again, in a new session, whenever the one that holds it has ended. Raises `CommandError`."""
+        assert self._connection is not None
+        while True:
+            await asyncio.sleep(_HOLD_LOOK_S)
+            try:
+                await self._connection.execute("SELECT 1", timeout=_ANSWER_S)
+            except ERRORS:
+                await self._take_again()
 
+    async def end(self) -> None:
+        """End the session, whatever state it is in."""
+        if self._connection is not None:
+            with contextlib.suppress(*ERRORS):
+                await self._connection.close(timeout=_ANSWER_S)
+            self._connection = None
 
-def _unusable(error: Exception) -> CommandError:
-    return CommandError(f"The database cannot be used ({type(error).__name__}: {error}); check GAVEL_DATABASE_URL.")
-
-
-@contextlib.contextmanager
-def _ray(settings: Settings, stop: asyncio.Event) -> Iterator[None]:
-    """Join the cluster that is named, or start a Ray of our own, in a folder of its own."""
-    _say("starting Ray")
-    os.environ.update({name: value for name, value in _RAY_ENVIRONMENT.items() if name not in os.environ})
-    # Read when Ray is imported: this process handles its signals itself; the actors shall go on to print their stack.
-    os.environ["RAY_DISABLE_FAILURE_SIGNAL_HANDLER"] = "1"
-    import ray
-
-    del os.environ["RAY_DISABLE_FAILURE_SIGNAL_HANDLER"]
-
-    from actors import shard_actor
-    from actors.ray_actor import NAMESPACE
-    from gateway import gateway_actor
-
-    folder = Path(tempfile.mkdtemp(prefix="gavel-ray-"))
-    own: dict[str, Any] = {
-        "_temp_dir": str(folder),
-        "include_dashboard": False,
-        "object_store_memory": _OBJECT_STORE_BYTES,
-        "resources": {shard_actor.RESOURCE: settings.shards, gateway_actor.RESOURCE: settings.gateways},
-    }
-    # Ray speaks on standard output, which belongs to the line that says where the engine is.
-    with _output_to_errors():
-        try:
-            ray.init(
-                address=settings.ray_address or "local",
-                namespace=NAMESPACE,
-                log_to_driver=False,
-                configure_logging=True,
-                logging_level=logging.ERROR,
-                **({} if settings.ray_address else own),
-            )
-        except SystemExit:
-            # While Ray starts, SIGTERM comes to a handler of its own.
-            stop.set()
-    try:
-        yield
-    finally:
-        with _output_to_errors():
-            ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+    async def _take_again(self) -> None:
+        for pause_s in pauses():
+            try:
+                await self.take()
+            except ERRORS:
+                await asyncio.sleep(pause_s)
+            else:
+                return
 
 
 @contextlib.asynccontextmanager
-async def _actors(settings: Settings, place: Place, port: int, keys: KeyPair) -> AsyncIterator[None]:
-    """Shards, then gateways; stopped the other way round, so that no bid comes to a shard that is gone."""
-    from actors import shard_actor
-    from gateway import gateway_actor
-
-    _say(f"starting {settings.shards} shards and {settings.gateways} gateways")
-    door = gateway_actor.Door(host=settings.host, port=port, public_key=keys.public_pem)
-    shards = [shard_actor.create(place, number) for number in range(settings.shards)]
-    gateways = [gateway_actor.create(place, door, number) for number in range(settings.gateways)]
+async def _running_cluster(cluster: Cluster, stop: asyncio.Event) -> AsyncIterator[None]:
     try:
-        try:
-            async with asyncio.timeout(_START_S):
-                await asyncio.gather(*(_ready(actor) for actor in shards + gateways))
-        except TimeoutError:
-            raise CommandError(f"The engine did not start within {_START_S} s; {place.log_dir} says why.") from None
-        yield
+        await cluster.start()
+        async with beside(cluster.keep_running(), stop):
+            yield
     finally:
-        for actors in (gateways, shards):
-            # One that is gone already needs no stopping: its work is in the journal.
-            with contextlib.suppress(Exception):
-                async with asyncio.timeout(_STOP_S):
-                    await asyncio.gather(*(actor.stop.remote() for actor in actors), return_exceptions=True)
-            _kill(actors)
-
-
-async def _ready(actor: Any) -> None:  # noqa: ANN401 (Ray's handles have no type)
-    """Wait until an actor is ready, through restarts: its log says why it did not start at once."""
-    from ray.exceptions import RayActorError
-
-    while True:
-        try:
-            await actor.ready.remote()
-        except RayActorError:
-            await asyncio.sleep(_RETRY_S)
-        else:
-            return
-
-
-def _kill(actors: list[Any]) -> None:
-    import ray
-
-    for actor in actors:
-        with contextlib.suppress(Exception):
-            ray.kill(actor, no_restart=True)
+        await cluster.stop()
 
 
 @contextlib.asynccontextmanager
@@ -298,17 +267,17 @@ async def _demo(url: str, keys: KeyPair) -> AsyncIterator[None]:
 
 
 @contextlib.contextmanager
-def _output_to_errors() -> Iterator[None]:
-    """Send what anybody writes to standard output, on whatever way, to standard error."""
+def _output_of_our_own(log_dir: Path) -> Iterator[TextIO]:
+    """Keep standard output for the line that says where the engine is; what Ray prints there at any time is logged."""
     sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
+    with os.fdopen(os.dup(1), "w") as output:
+        with (log_dir / "ray.log").open("ab") as log:
+            os.dup2(log.fileno(), 1)
+        try:
+            yield output
+        finally:
+            sys.stdout.flush()
+            os.dup2(output.fileno(), 1)
 
 
 def _say(sentence: str) -> None:

@@ -11,6 +11,7 @@ from uuid import UUID
 
 import asyncpg
 
+from actors.database import ERRORS, is_passing
 from engine.auction import Status
 from engine.events import BidPlaced, decode
 from gateway.catalogue import CatalogueUnavailable
@@ -108,13 +109,7 @@ async def _reading(pool: asyncpg.Pool) -> AsyncIterator[asyncpg.pool.PoolConnect
     try:
         async with asyncio.timeout(TIMEOUT_S), pool.acquire() as connection:
             yield connection
-    except (OSError, asyncpg.InterfaceError) as error:  # TimeoutError is an OSError.
-        raise CatalogueUnavailable from error
-    except asyncpg.PostgresError as error:
-        if str(error.sqlstate)[:2] in _AWAY:
+    except ERRORS as error:
+        if is_passing(error):
             raise CatalogueUnavailable from error
         raise
-
-
-_AWAY: Final = ("08", "53", "57")
-"""SQLSTATE classes of a server that is away, out of resources, or shutting down; the rest are faults of ours."""

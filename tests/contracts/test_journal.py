@@ -4,27 +4,35 @@ import asyncio
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from uuid import UUID, uuid4
 
 import asyncpg
 import pytest
 
+from actors import database
+from actors import journal as journal_module
 from actors.directory import Directory, slot_of
 from actors.entities import NO_SNAPSHOT
 from actors.journal import (
+    _LIFE,
     EntityRow,
     Fenced,
     Journal,
+    Life,
     PostgresJournal,
     Private,
     Refused,
     Row,
     SnapshotRow,
     Unreadable,
+    Unsettled,
+    session_name,
 )
 from actors.memory import MemoryJournal, MemoryStore
-from engine.limits import RESUME_EVENTS_MAX, SLOTS
+from engine.limits import OUTAGE_MS, RESUME_EVENTS_MAX, SLOTS
 from tests.support.postgres import wait_for_lock, wait_until_idle
+from tests.support.waiting import until, until_true
 
 A, B = UUID(int=10), UUID(int=11)
 MAKER = UUID(int=1)
@@ -32,15 +40,27 @@ NOW = 1_700_000_000_000
 
 
 class Store(ABC):
-    """What is durable, with the incarnations of shards that write to it. Two shards share the slots."""
+    """What is durable, with the owners of shards that write to it. Two shards share the slots."""
 
     @abstractmethod
-    async def take_over(self, shard: int = 0) -> int:
-        """Raise a shard's epoch."""
+    async def take_over(self, shard: int = 0) -> UUID:
+        """Give a shard a new owner."""
 
     @abstractmethod
-    async def journal(self, shard: int, epoch: int) -> Journal:
-        """The journal, as one incarnation uses it."""
+    async def journal(self, shard: int, owner: UUID) -> Journal:
+        """The journal, as an owner uses it from the newest epoch on."""
+
+    @abstractmethod
+    async def pass_time(self, ms: int) -> int:
+        """Let time pass without a sign of life; by how much less the store now counts what was before."""
+
+    @abstractmethod
+    async def now(self) -> int:
+        """The store's clock."""
+
+    @abstractmethod
+    async def life(self, shard: int = 0) -> Life:
+        """A shard's last sign of life, and the start of the outage that it owes."""
 
     @abstractmethod
     async def cut_off_append(self, journal: Journal, rows: list[Row]) -> None:
@@ -62,13 +82,25 @@ class Store(ABC):
 class Memory(Store):
     def __init__(self) -> None:
         owned = {shard: frozenset(range(shard, SLOTS, 2)) for shard in (0, 1)}
-        self.store = MemoryStore(owned)
+        self.time = NOW
+        self.store = MemoryStore(owned, lambda: self.time)
 
-    async def take_over(self, shard: int = 0) -> int:
+    async def take_over(self, shard: int = 0) -> UUID:
         return self.store.take_over(shard)
 
-    async def journal(self, shard: int, epoch: int) -> Journal:
-        return MemoryJournal(self.store, shard, epoch)
+    async def journal(self, shard: int, owner: UUID) -> Journal:
+        return MemoryJournal(self.store, shard, owner)
+
+    async def pass_time(self, ms: int) -> int:
+        self.time += ms
+        return 0
+
+    async def now(self) -> int:
+        return self.time
+
+    async def life(self, shard: int = 0) -> Life:
+        state = self.store.shards[shard]
+        return Life(state.alive_at, state.down_at)
 
     async def cut_off_append(self, journal: Journal, rows: list[Row]) -> None:
         task = asyncio.create_task(journal.append(rows, []))
@@ -86,21 +118,55 @@ class Memory(Store):
 
 class Postgres(Store):
     def __init__(self, database_url: str, pool: asyncpg.Pool) -> None:
-        self.database_url = database_url
+        self.database = database.Postgres(database_url)
         self.pool = pool
         self.writers: list[asyncpg.Connection] = []
+        self.journals: list[PostgresJournal] = []
         self.is_terminated = True
 
-    async def take_over(self, shard: int = 0) -> int:
-        epoch: int = await self.pool.fetchval(
-            "UPDATE shards SET epoch = epoch + 1 WHERE shard_id = $1 RETURNING epoch", shard
-        )
-        return epoch
+    async def take_over(self, shard: int = 0) -> UUID:
+        owner, taken = uuid4(), None
+        while taken is None:
+            epoch = await self.pool.fetchval("SELECT epoch FROM shards WHERE shard_id = $1", shard)
+            taken = await Directory(self.pool)._try(shard, epoch, owner, 0)
+        return owner
 
-    async def journal(self, shard: int, epoch: int) -> Journal:
-        writer = await asyncpg.connect(self.database_url)
+    async def journal(self, shard: int, owner: UUID) -> PostgresJournal:
+        writer = await self.database.connect(session_name(shard))
+        journal = PostgresJournal(
+            database=self.database,
+            writer=writer,
+            readers=self.pool,
+            shard=shard,
+            owner=owner,
+            epoch=await self.pool.fetchval(
+                "UPDATE shards SET backend_pid = $2 WHERE shard_id = $1 RETURNING epoch",
+                shard,
+                writer.get_server_pid(),
+            ),
+        )
         self.writers.append(writer)
-        return PostgresJournal(writer, self.pool, shard, epoch)
+        self.journals.append(journal)
+        return journal
+
+    async def incarnation(self, shard: int = 0) -> PostgresJournal:
+        return await self.journal(shard, await self.take_over(shard))
+
+    async def pass_time(self, ms: int) -> int:
+        """The clock cannot be moved: what was, was longer ago."""
+        await self.pool.execute(
+            "UPDATE shards SET alive_at = alive_at - $1 * interval '1 ms', down_at = down_at - $1 * interval '1 ms'", ms
+        )
+        return ms
+
+    async def now(self) -> int:
+        now: int = await self.pool.fetchval("SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint")
+        return now
+
+    async def life(self, shard: int = 0) -> Life:
+        found = await self.pool.fetchrow(f"SELECT {_LIFE} FROM shards WHERE shard_id = $1", shard)
+        assert found is not None
+        return Life(*found)
 
     async def cut_off_append(self, journal: Journal, rows: list[Row]) -> None:
         """The append waits for the shard's row, which another transaction holds, when it is ended."""
@@ -112,7 +178,7 @@ class Postgres(Store):
             await wait_for_lock(self.pool, backend_pid)
             if self.is_terminated:
                 await self.pool.execute("SELECT pg_terminate_backend($1)", backend_pid)
-                with pytest.raises(Refused):
+                with pytest.raises(Unsettled):
                     await task
             else:
                 task.cancel()
@@ -127,14 +193,17 @@ class Postgres(Store):
     async def erase(self, entity_id: UUID) -> None:
         await self.pool.execute("DELETE FROM private WHERE entity_id = $1", entity_id)
 
+    def close(self) -> None:
+        for writer in [*self.writers, *(journal._writer for journal in self.journals)]:
+            writer.terminate()
+
 
 @pytest.fixture
 async def postgres(database_url: str, pool: asyncpg.Pool) -> AsyncIterator[Postgres]:
     store = Postgres(database_url, pool)
     await Directory(pool).lay_out(2)
     yield store
-    for writer in store.writers:
-        writer.terminate()
+    store.close()
 
 
 @pytest.fixture(params=["memory", "postgres"])
@@ -154,8 +223,8 @@ def event(seq: int, entity: UUID = A, command_id: bytes | None = None, private: 
     return Row(entity, seq, NOW + seq, "bid_placed", 1, body, hashlib.sha256(body).digest(), command_id, private)
 
 
-def indexed(entity: UUID = A, status: str = "active", due_at: int | None = NOW) -> EntityRow:
-    return EntityRow(entity, slot_of(entity), "auction", MAKER, status, due_at, NOW)
+def indexed(entity: UUID = A, status: str = "active", due_at: int | None = NOW, window_ms: int = 60_000) -> EntityRow:
+    return EntityRow(entity, slot_of(entity), "auction", MAKER, status, due_at, window_ms, NOW)
 
 
 def snapshot_at(seq: int, version: int = 1) -> SnapshotRow:
@@ -219,14 +288,15 @@ async def test_an_old_incarnation_can_do_nothing(store: Store) -> None:
     await old.append([event(1)], [indexed()])
     await old.check()
     new = await store.incarnation()
-    with pytest.raises(Fenced):
-        await old.append([event(2)], [indexed(status="ended", due_at=None)])
-    with pytest.raises(Fenced):
-        await old.append([event(2, private=Private(b"salt", b"text"))], [])
-    with pytest.raises(Fenced):
-        await old.check()
-    with pytest.raises(Fenced):
-        await old.save_snapshots([snapshot_at(1)])
+    for write in (
+        old.append([event(2)], [indexed(status="ended", due_at=None)]),
+        old.append([event(2, private=Private(b"salt", b"text"))], []),
+        old.append([event(2)], [], await store.now()),
+        old.check(),
+        old.save_snapshots([snapshot_at(1)]),
+    ):
+        with pytest.raises(Unsettled):
+            await write
     assert await new.load(A, 1) == (None, [event(1)], [])
     assert await store.private(A) == []
     await new.check()
@@ -239,7 +309,7 @@ async def test_a_takeover_of_another_shard_fences_nobody(store: Store) -> None:
     other = await store.incarnation(1)
     await store.take_over(1)
     await journal.append([event(1)], [indexed()])
-    with pytest.raises(Fenced):
+    with pytest.raises(Unsettled):
         await other.check()
 
 
@@ -254,7 +324,7 @@ async def test_of_two_incarnations_that_race_never_both_append(store: Store) -> 
             for number in range(1, 4):
                 try:
                     await old.append([event(seq + number)], [])
-                except Fenced:
+                except Unsettled:
                     return number - 1
             return 3
 
@@ -279,6 +349,235 @@ async def test_an_append_that_is_cut_off_leaves_nothing(store: Store) -> None:
     assert await fresh.load(B, 1) == (None, [], [])
     assert await store.private(A) == []
     await fresh.append([event(2)], [])
+
+
+# Outages
+
+
+async def test_a_write_says_when_it_was_done(store: Store) -> None:
+    journal = await store.incarnation()
+    for write in (journal.append([event(1)], []), journal.append([event(2)], [indexed()]), journal.check()):
+        before = await store.now()
+        life = await write
+        assert before <= life.alive_at <= await store.now()
+        assert life == await store.life()
+
+
+async def test_a_gap_in_the_signs_of_life_closes_the_fence_and_settling_opens_it(store: Store) -> None:
+    journal = await store.incarnation()
+    await journal.append([event(1)], [indexed(due_at=NOW)])
+    await store.pass_time(OUTAGE_MS + 1)
+    for write in (
+        journal.append([event(2)], []),
+        journal.append([event(2, private=Private(b"salt", b"text"))], [indexed(status="ended", due_at=None)]),
+        journal.check(),
+        journal.save_snapshots([snapshot_at(1)]),
+    ):
+        with pytest.raises(Unsettled):
+            await write
+    assert await journal.load(A, 1) == (None, [event(1)], [])
+    assert await store.private(A) == []
+    await journal.settle([], [], None)
+    await journal.check()
+    await journal.save_snapshots([snapshot_at(1)])
+    await journal.append([event(2)], [])
+    assert await journal.load(A, 1) == (snapshot_at(1), [event(1), event(2)], [])
+
+
+async def test_a_short_gap_closes_nothing(store: Store) -> None:
+    journal = await store.incarnation()
+    await journal.append([event(1)], [])
+    for write in (journal.append([event(2)], []), journal.check(), journal.save_snapshots([snapshot_at(1)])):
+        await store.pass_time(OUTAGE_MS // 2)
+        await write
+    assert (await store.life()).down_at is None
+
+
+async def test_a_gap_in_one_shards_life_is_not_anothers(store: Store) -> None:
+    journal, other = await store.incarnation(0), await store.incarnation(1)
+    await store.pass_time(OUTAGE_MS + 1)
+    await journal.settle([], [], None)
+    with pytest.raises(Unsettled):
+        await other.check()
+    assert (await store.life(1)).down_at is None
+
+
+async def test_who_never_lived_owes_nothing(store: Store) -> None:
+    journal = await store.incarnation()
+    assert (await journal.check()).down_at is None
+
+
+async def test_time_is_owed_from_the_last_sign_of_life_until_it_is_paid(store: Store) -> None:
+    journal = await store.incarnation()
+    down = (await journal.append([event(1)], [indexed()])).alive_at
+    down -= await store.pass_time(5_000)
+    life = await journal.settle([], [], None)
+    assert life == await store.life()
+    assert life.down_at == down
+    assert life.alive_at >= down + 5_000
+    # Neither what is written now, nor another outage, nor another owner changes that.
+    assert (await journal.append([event(2)], [])).down_at == down
+    assert (await journal.check()).down_at == down
+    down -= await store.pass_time(5_000)
+    assert (await journal.settle([event(3)], [], None)).down_at == down
+    down -= await store.pass_time(5_000)
+    journal = await store.incarnation()
+    assert (await journal.check()).down_at == down
+    down -= await store.pass_time(5_000)
+    assert (await journal.settle([], [], None)).down_at == down
+    journal = await store.incarnation()
+    assert (await journal.append([event(4)], [], await store.now())).down_at is None
+    assert (await journal.check()).down_at is None
+    # And the next outage is owed from its own beginning.
+    down = (await store.life()).alive_at - await store.pass_time(5_000)
+    assert (await journal.settle([], [], None)).down_at == down
+
+
+async def test_an_outage_may_be_paid_without_a_row_and_behind_a_closed_fence(store: Store) -> None:
+    journal = await store.incarnation()
+    await store.pass_time(5_000)
+    await journal.settle([], [], None)
+    await store.pass_time(5_000)
+    life = await journal.append([], [], await store.now())
+    assert life.down_at is None
+    assert life == await store.life()
+    await journal.check()
+
+
+async def test_an_outage_is_paid_with_its_rows_or_not_at_all(store: Store) -> None:
+    journal = await store.incarnation()
+    await journal.append([event(1)], [indexed(due_at=NOW)])
+    await store.pass_time(5_000)
+    down = (await journal.settle([], [], None)).down_at
+    with pytest.raises(Refused):
+        await journal.append([event(2), event(1)], [indexed(due_at=NOW + 500)], await store.now())
+    assert (await store.life()).down_at == down is not None
+    assert await journal.load(A, 1) == (None, [event(1)], [])
+    paid = await journal.append([event(2)], [indexed(due_at=NOW + 500)], await store.now())
+    assert paid.down_at is None
+    assert await journal.load(A, 1) == (None, [event(1), event(2)], [])
+
+
+async def test_an_outage_that_was_paid_late_goes_on_where_it_was_paid_to(store: Store) -> None:
+    journal = await store.incarnation()
+    await store.pass_time(5_000)
+    await journal.settle([], [], None)
+    paid_until = await store.now() - OUTAGE_MS - 1
+    life = await journal.append([event(1)], [indexed()], paid_until)
+    assert life.down_at == paid_until
+    assert (await journal.check()).down_at == paid_until
+
+
+async def test_who_was_overtaken_pays_nothing(store: Store) -> None:
+    old = await store.incarnation()
+    await old.check()
+    await store.pass_time(5_000)
+    new = await store.incarnation()
+    down = (await store.life()).down_at
+    with pytest.raises(Unsettled):
+        await old.append([event(1)], [], await store.now())
+    assert (await new.check()).down_at == down is not None
+    assert await new.load(A, 1) == (None, [], [])
+
+
+# Settling
+
+
+async def test_settling_stores_what_is_missing(store: Store) -> None:
+    mine = slot_entity(0)
+    rows = [event(1, mine, b"one", Private(b"salt", b"text")), event(2, mine), event(1, B, b"b")]
+    journal = await store.incarnation()
+    await store.pass_time(OUTAGE_MS + 1)
+    with pytest.raises(Unsettled):
+        await journal.append(rows, [indexed(mine)])
+    epoch = journal.epoch
+    await journal.settle(rows, [indexed(mine)], None)
+    assert journal.epoch == epoch + 1
+    assert await journal.load(mine, 1) == (None, rows[:2], [(b"one", 1)])
+    assert await journal.load(B, 1) == (None, rows[2:], [(b"b", 1)])
+    assert await journal.deadlines() == [(mine, NOW)]
+    await journal.append([event(3, mine)], [])
+
+
+async def test_settling_stores_nothing_twice(store: Store) -> None:
+    rows = [event(1, command_id=b"one", private=Private(b"salt", b"text")), event(2), event(1, B)]
+    journal = await store.incarnation()
+    await journal.append(rows, [indexed()])
+    for epoch in (journal.epoch + 1, journal.epoch + 2):
+        life = await journal.settle(rows, [indexed()], None)
+        assert journal.epoch == epoch
+        assert life == await store.life()
+        assert await journal.load(A, 1) == (None, rows[:2], [(b"one", 1)])
+    await journal.append([event(3)], [])
+
+
+async def test_settling_of_what_paid_an_outage_pays_it_once(store: Store) -> None:
+    journal = await store.incarnation()
+    await store.pass_time(5_000)
+    await journal.settle([], [], None)
+    paid_until = await store.now()
+    paid = await journal.append([event(1)], [indexed()], paid_until)
+    # It was stored: what is owed since then is owed from then on.
+    life = await journal.settle([event(1)], [indexed()], paid_until)
+    assert life.down_at == paid.alive_at
+    assert await journal.load(A, 1) == (None, [event(1)], [])
+
+
+@pytest.mark.parametrize("rows", [[], [event(1)]])
+async def test_settling_pays_an_outage_that_was_not_paid(store: Store, rows: list[Row]) -> None:
+    journal = await store.incarnation()
+    await store.pass_time(5_000)
+    life = await journal.settle(rows, [], await store.now())
+    assert life == await store.life()
+    assert life.down_at is None
+    assert await journal.load(A, 1) == (None, rows, [])
+
+
+async def test_settling_may_be_called_again_and_again(store: Store) -> None:
+    journal = await store.incarnation()
+    for gap in (0, OUTAGE_MS + 1, 0):
+        await store.pass_time(gap)
+        await journal.settle([], [], None)
+    await journal.settle([event(1)], [indexed()], None)
+    await journal.check()
+    assert await journal.load(A, 1) == (None, [event(1)], [])
+
+
+async def test_what_is_still_on_its_way_under_the_old_epoch_stores_nothing_after_settling(store: Store) -> None:
+    owner = await store.take_over()
+    late, journal = await store.journal(0, owner), await store.journal(0, owner)
+    await journal.settle([event(1)], [indexed()], None)
+    for rows in ([event(1)], [event(2)]):
+        with pytest.raises(Unsettled):
+            await late.append(rows, [])
+    assert await journal.load(A, 1) == (None, [event(1)], [])
+
+
+async def test_who_does_not_own_the_shard_is_fenced_when_it_settles(store: Store) -> None:
+    old = await store.incarnation()
+    new = await store.incarnation()
+    life = await store.life()
+    with pytest.raises(Fenced):
+        await old.settle([event(1)], [indexed()], None)
+    assert await store.life() == life
+    assert await new.load(A, 1) == (None, [], [])
+    await new.check()
+
+
+async def test_what_was_written_together_and_is_there_in_part_is_refused(store: Store) -> None:
+    journal = await store.incarnation()
+    await journal.append([event(1)], [indexed()])
+    with pytest.raises(Refused, match=r"of 2 events .* holds 1"):
+        await journal.settle([event(1), event(2)], [], None)
+    assert await journal.load(A, 1) == (None, [event(1)], [])
+
+
+async def test_what_is_there_in_the_place_of_what_was_written_is_refused(store: Store) -> None:
+    journal = await store.incarnation()
+    await journal.append([event(1)], [indexed()])
+    with pytest.raises(Refused):
+        await journal.settle([event(1)._replace(hash=bytes(32))], [], None)
+    assert await journal.load(A, 1) == (None, [event(1)], [])
 
 
 # Snapshots
@@ -386,6 +685,32 @@ async def test_a_deadline_moves_and_goes_with_its_events(journal: Journal) -> No
     assert await journal.deadlines() == []
 
 
+async def test_closing_is_what_is_within_its_window_or_past_its_end(journal: Journal) -> None:
+    near, far, done = (slot_entity(0) for _ in range(3))
+    await journal.append(
+        [event(1, entity) for entity in (near, far, done)],
+        [
+            indexed(near, due_at=NOW + 1_000, window_ms=500),
+            indexed(far, due_at=NOW + 1_000, window_ms=100),
+            indexed(done, "ended", None, 500),
+        ],
+    )
+    assert await journal.closing(NOW + 500) == []
+    assert await journal.closing(NOW + 501) == [near]
+    assert sorted(await journal.closing(NOW + 2_000)) == sorted([near, far])
+    # The window is that of the newest row.
+    await journal.append([event(2, near)], [indexed(near, due_at=NOW + 1_000, window_ms=400)])
+    assert await journal.closing(NOW + 600) == []
+
+
+async def test_closing_are_the_shards_own(store: Store) -> None:
+    journals = [await store.incarnation(0), await store.incarnation(1)]
+    entities = [slot_entity(0), slot_entity(1)]
+    for entity, journal in zip(entities, journals, strict=True):
+        await journal.append([event(1, entity)], [indexed(entity)])
+    assert [await journal.closing(NOW) for journal in journals] == [[entity] for entity in entities]
+
+
 # Postgres alone
 
 
@@ -401,26 +726,241 @@ async def test_postgres_every_write_is_a_sign_of_life(postgres: Postgres) -> Non
     for write in (
         journal.append([event(1)], []),
         journal.append([event(2)], [indexed()]),
+        journal.append([event(3)], [], NOW),
         journal.check(),
         journal.save_snapshots([snapshot_at(2)]),
+        journal.settle([], [], None),
     ):
-        await postgres.pool.execute("UPDATE shards SET alive_at = '-infinity'")
+        await postgres.pass_time(OUTAGE_MS // 2)
+        before = await postgres.now()
         await write
-        assert await postgres.pool.fetchval("SELECT alive_at > '-infinity' FROM shards WHERE shard_id = 0")
+        assert (await postgres.life()).alive_at >= before
 
 
-async def test_postgres_an_append_that_takes_too_long_is_refused(
+@asynccontextmanager
+async def holding(pool: asyncpg.Pool) -> AsyncIterator[None]:
+    """Another transaction holds the rows of all shards."""
+    async with pool.acquire() as other, other.transaction():
+        await other.execute("SELECT FROM shards FOR UPDATE")
+        yield
+
+
+async def test_postgres_a_write_that_is_not_answered_in_time_is_unsettled(
     postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("actors.journal.APPEND_TIMEOUT_S", 0.05)
     journal = await postgres.incarnation()
-    async with postgres.pool.acquire() as other, other.transaction():
-        await other.execute("SELECT FROM shards FOR UPDATE")
-        with pytest.raises(Refused, match="TimeoutError"):
-            await journal.append([event(1)], [])
-        await wait_until_idle(postgres.pool, postgres.writers[0].get_server_pid())
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(journal_module, "_WRITE_TIMEOUT_S", 0.05)
+        async with holding(postgres.pool):
+            for write in (
+                journal.append([event(1)], []),
+                journal.check(),
+                journal.save_snapshots([snapshot_at(1)]),
+            ):
+                with pytest.raises(Unsettled, match="TimeoutError"):
+                    await write
+                await wait_until_idle(postgres.pool, journal._writer.get_server_pid())
+    await journal.settle([event(1)], [indexed()], None)
+    assert await journal.load(A, 1) == (None, [event(1)], [])
+
+
+@asynccontextmanager
+async def failing(pool: asyncpg.Pool, sqlstate: str) -> AsyncIterator[None]:
+    """What is added to the journal meets an error."""
+    await pool.execute(
+        "CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS "
+        f"$$ BEGIN RAISE EXCEPTION 'it fails' USING ERRCODE = '{sqlstate}'; END $$"
+    )
+    await pool.execute("CREATE TRIGGER fail BEFORE INSERT ON journal EXECUTE FUNCTION fail()")
+    try:
+        yield
+    finally:
+        await pool.execute("DROP FUNCTION fail CASCADE")
+
+
+@pytest.mark.parametrize(
+    "sqlstate", ["08000", "08003", "08006", "40001", "40P01", "53100", "53200", "53300", "57014", "57P01", "57P03"]
+)
+async def test_postgres_an_error_that_passes_is_settled(postgres: Postgres, sqlstate: str) -> None:
+    journal = await postgres.incarnation()
+    async with failing(postgres.pool, sqlstate):
+        with pytest.raises(Unsettled, match="it fails"):
+            await journal.append([event(1)], [indexed()])
+        with pytest.raises(Unsettled, match="it fails"):
+            await journal.settle([event(1)], [indexed()], None)
     assert await journal.load(A, 1) == (None, [], [])
+    await journal.settle([event(1)], [indexed()], None)
+    assert await journal.load(A, 1) == (None, [event(1)], [])
+
+
+@pytest.mark.parametrize("sqlstate", ["22000", "23505", "25006", "42501", "55P03", "58030", "XX000"])
+async def test_postgres_an_error_that_stays_is_refused(postgres: Postgres, sqlstate: str) -> None:
+    journal = await postgres.incarnation()
+    async with failing(postgres.pool, sqlstate):
+        with pytest.raises(Refused, match="it fails"):
+            await journal.append([event(1)], [indexed()])
+        with pytest.raises(Refused, match="it fails"):
+            await journal.settle([event(1)], [indexed()], None)
+    assert await journal.load(A, 1) == (None, [], [])
+
+
+async def test_postgres_what_is_of_the_wrong_type_is_refused(postgres: Postgres) -> None:
+    journal = await postgres.incarnation()
+    for wrong in (event(1)._replace(body="text"), event(1)._replace(seq=1 << 63), event(1)._replace(kind="\0")):  # type: ignore[arg-type]
+        with pytest.raises(Refused):
+            await journal.append([wrong], [])
+    await journal.append([event(1)], [])
+
+
+@pytest.mark.parametrize("when", ["idle", "waiting"])
+async def test_postgres_a_session_that_was_ended_is_settled_in_another(postgres: Postgres, when: str) -> None:
+    journal = await postgres.incarnation()
+    if when == "waiting":
+        await postgres.cut_off_append(journal, [event(1)])
+    else:
+        await postgres.pool.execute("SELECT pg_terminate_backend($1)", journal._writer.get_server_pid())
+    # At first the driver may not have noticed that the server said goodbye.
+    for _ in range(2):
+        with pytest.raises(Unsettled):
+            await journal.append([event(1)], [])
+    await journal.settle([event(1)], [indexed()], None)
+    assert await postgres.pool.fetchval("SELECT backend_pid FROM shards WHERE shard_id = 0") == (
+        journal._writer.get_server_pid()
+    )
+    await journal.append([event(2)], [])
+    assert await journal.load(A, 1) == (None, [event(1), event(2)], [])
+
+
+@pytest.mark.parametrize(
+    ("setting", "error"), [("statement_timeout", Unsettled), ("lock_timeout", Refused), (None, Unsettled)]
+)
+async def test_postgres_a_statement_that_its_server_gives_up(
+    postgres: Postgres, setting: str | None, error: type[Exception]
+) -> None:
+    journal = await postgres.incarnation()
+    if setting is not None:
+        await journal._writer.execute(f"SET {setting} = '20ms'")
+    async with holding(postgres.pool):
+        appending = asyncio.create_task(journal.append([event(1)], []))
+        if setting is None:
+            backend_pid = journal._writer.get_server_pid()
+            await wait_for_lock(postgres.pool, backend_pid)
+            await postgres.pool.execute("SELECT pg_cancel_backend($1)", backend_pid)
+        with pytest.raises(error):
+            await appending
+    assert await journal.load(A, 1) == (None, [], [])
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ConnectionRefusedError(), Unsettled),
+        (TimeoutError(), Unsettled),
+        (asyncpg.TooManyConnectionsError("sorry, too many clients already"), Unsettled),
+        (asyncpg.CannotConnectNowError("the database system is starting up"), Unsettled),
+        (asyncpg.InterfaceError("connection is closed"), Unsettled),
+        (asyncpg.InvalidPasswordError("password authentication failed"), Refused),
+    ],
+)
+async def test_postgres_that_cannot_be_connected_to(
+    postgres: Postgres, monkeypatch: pytest.MonkeyPatch, error: Exception, expected: type[Exception]
+) -> None:
+    journal = await postgres.incarnation()
+
+    async def fail(name: str) -> asyncpg.Connection:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(postgres.database, "connect", fail)
+        for _ in range(2):
+            with pytest.raises(expected):
+                await journal.settle([event(1)], [indexed()], None)
+    await journal.settle([event(1)], [indexed()], None)
+    assert await journal.load(A, 1) == (None, [event(1)], [])
+
+
+async def test_postgres_settling_waits_for_an_append_that_is_still_on_its_way(postgres: Postgres) -> None:
+    """The server does not notice that the client is gone: it stores what it was sent, and settling finds it."""
+    journal = await postgres.incarnation()
+    async with holding(postgres.pool):
+        appending = asyncio.create_task(journal.append([event(1)], [indexed()]))
+        await wait_for_lock(postgres.pool, journal._writer.get_server_pid())
+        settling = asyncio.create_task(journal.settle([event(1)], [indexed()], None))
+        with pytest.raises(Unsettled):
+            await appending
+        await until(lambda: journal._writer not in postgres.writers)
+        await wait_for_lock(postgres.pool, journal._writer.get_server_pid())
+    await settling
+    assert await journal.load(A, 1) == (None, [event(1)], [])
+    await journal.append([event(2)], [])
+
+
+async def test_postgres_an_append_that_waited_behind_the_settling_stores_nothing(postgres: Postgres) -> None:
+    owner = await postgres.take_over()
+    late, journal = await postgres.journal(0, owner), await postgres.journal(0, owner)
+    async with holding(postgres.pool):
+        settling = asyncio.create_task(journal.settle([event(1)], [indexed()], None))
+        await until(lambda: journal._writer not in postgres.writers)
+        await wait_for_lock(postgres.pool, journal._writer.get_server_pid())
+        appending = asyncio.create_task(late.append([event(1), event(2)], [indexed(status="ended", due_at=None)]))
+        await wait_for_lock(postgres.pool, late._writer.get_server_pid())
+    await settling
+    with pytest.raises(Unsettled):
+        await appending
+    assert await journal.load(A, 1) == (None, [event(1)], [])
+
+
+@asynccontextmanager
+async def stuck(postgres: Postgres, shard: int, name: str) -> AsyncIterator[asyncpg.Connection]:
+    """A session that goes by this name holds the shard's row, and its number stands there."""
+    connection = await postgres.database.connect(name)
+    try:
+        await postgres.pool.execute(
+            "UPDATE shards SET backend_pid = $2 WHERE shard_id = $1", shard, connection.get_server_pid()
+        )
+        transaction = connection.transaction()
+        await transaction.start()
+        await connection.execute("SELECT FROM shards WHERE shard_id = $1 FOR UPDATE", shard)
+        yield connection
+    finally:
+        connection.terminate()
+
+
+async def is_there(pool: asyncpg.Pool, backend_pid: int) -> bool:
+    return bool(await pool.fetchval("SELECT EXISTS (SELECT FROM pg_stat_activity WHERE pid = $1)", backend_pid))
+
+
+async def test_postgres_settling_ends_the_session_that_holds_the_shards_row(
+    postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "_RAISE_TIMEOUT_S", 0.1)
+    journal = await postgres.incarnation(0)
+    async with stuck(postgres, 1, session_name(1)) as other, stuck(postgres, 0, session_name(0)) as holder:
+        holder_pid = holder.get_server_pid()
+        with pytest.raises(Unsettled):
+            await journal.settle([event(1)], [indexed()], None)
+
+        async def is_gone() -> bool:
+            return not await is_there(postgres.pool, holder_pid)
+
+        await until_true(is_gone)
+        await journal.settle([event(1)], [indexed()], None)
+        # Another shard's stays.
+        assert await is_there(postgres.pool, other.get_server_pid())
+    assert await journal.load(A, 1) == (None, [event(1)], [])
+
+
+async def test_postgres_settling_ends_no_other_session_that_has_the_number_by_now(
+    postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "_RAISE_TIMEOUT_S", 0.1)
+    journal = await postgres.incarnation(0)
+    for name in ("gavel", session_name(1)):
+        async with stuck(postgres, 0, name) as holder:
+            with pytest.raises(Unsettled):
+                await journal.settle([], [], None)
+            assert await holder.fetchval("SELECT 1") == 1
+    await journal.settle([], [], None)
 
 
 async def test_postgres_that_cannot_be_read_is_unreadable(postgres: Postgres) -> None:
@@ -428,7 +968,7 @@ async def test_postgres_that_cannot_be_read_is_unreadable(postgres: Postgres) ->
     await postgres.pool.execute("ALTER TABLE journal RENAME TO hidden")
     await postgres.pool.execute("ALTER TABLE entities RENAME TO hidden_too")
     try:
-        for read in (journal.load(A, 1), journal.read(A, 1), journal.deadlines()):
+        for read in (journal.load(A, 1), journal.read(A, 1), journal.deadlines(), journal.closing(NOW)):
             with pytest.raises(Unreadable):
                 await read
     finally:

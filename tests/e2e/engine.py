@@ -26,6 +26,7 @@ from uuid import UUID
 import asyncpg
 import psutil
 
+from actors.journal import SELECT_ROWS, Row, row_of
 from engine.commands import Role
 from gateway.tokens import issue
 from gavel.keys import KeyPair, read_keys
@@ -202,6 +203,10 @@ class Engine:
     def epochs(self) -> dict[int, int]:
         """The epoch of each shard."""
         return dict(tuple(row) for row in self.fetch("SELECT shard_id, epoch FROM shards"))
+
+    def journal_rows(self) -> list[Row]:
+        """The whole journal."""
+        return [row_of(record) for record in self.fetch(SELECT_ROWS)]
 
     # Its users, its command line, its logs
 

@@ -1,13 +1,14 @@
 """Plain clients of the live protocol, on the `websockets` library and nothing of Gavel's: they see every message.
 
 `Bidder` and `Watcher` do what the protocol asks of a client (connect again, ask for what was missed, send again with
-the same `bid_id`) and check what it promises.
+the same `bid_id`) and write down what they see, for `tests/simulation/checker.py` to judge.
 """
 
 import asyncio
 import itertools
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -18,6 +19,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
 
 from tests.e2e.engine import Engine
+from tests.simulation.history import Connected, Events, Record, Sent, Subscribing, subscribed, verdict
 
 Message = dict[str, Any]
 
@@ -112,44 +114,58 @@ def iso(from_now: timedelta) -> str:
 class Bidder:
     """A user on a socket who, when it breaks, comes back and sends the unanswered bid again, with the same `bid_id`."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, history: list[Record]) -> None:
         self.user = uuid4()
         self.errors: list[Message] = []
         """What was answered instead of a verdict."""
-        self.reconnects = 0
-        self.acks: dict[UUID, Message] = {}
+        self.connections = 0
+        self._name = f"bidder {self.user}"
+        self._history = history
         self._engine = engine
         self._token = engine.token(self.user)
         self._live: Live | None = None
         self._socket: ClientConnection | None = None
 
     async def bid(self, auction: UUID, amount: int) -> Message:
-        """Bid until there is a verdict, which must be an ack, and the only answer."""
+        """Bid until there is a verdict, which must be an ack."""
         bid_id = uuid4()
         while True:
             try:
-                live = await self._connect()
-                answer = await live.bid(auction, bid_id, amount=amount)
+                answer = await self._try(auction, bid_id, amount)
             except AWAY:
                 # No wait for a condition, but a client's pause: the server is away.
                 await asyncio.sleep(AGAIN_S)
                 await self.close()
                 continue
-            assert not live.others, f"nobody asked for {live.others}"
             if answer["type"] == "error":
                 self.errors.append(answer)
-                await asyncio.sleep(answer["retry_after_ms"] / 1_000)
+                await asyncio.sleep(answer.get("retry_after_ms", 100) / 1_000)
                 continue
             assert answer["type"] == "ack", answer
-            assert UUID(answer["bid_id"]) == bid_id
-            self.acks[bid_id] = answer
             return answer
 
     async def close(self) -> None:
         if self._socket is not None:
             await self._socket.close()
             self._live = self._socket = None
-            self.reconnects += 1
+
+    async def _try(self, auction: UUID, bid_id: UUID, amount: int) -> Message:
+        live = await self._connect()
+        self._history.append(
+            Sent(
+                client=self._name,
+                connection=self.connections,
+                auction=auction,
+                bid_id=bid_id,
+                bidder=self.user,
+                amount=amount,
+                at=now_ms(),
+            )
+        )
+        answer = await live.bid(auction, bid_id, amount=amount)
+        assert not live.others, f"nobody asked for {live.others}"
+        self._history.append(verdict(self._name, self.connections, auction, bid_id, answer, now_ms()))
+        return answer
 
     async def _connect(self) -> Live:
         if self._live is None:
@@ -158,47 +174,41 @@ class Bidder:
             welcome = await live.ask({"op": "hello", "token": self._token})
             assert welcome["type"] == "welcome", welcome
             self._live = live
+            self.connections += 1
         return self._live
 
 
 class Watcher:
-    """A guest that follows one auction; every message must go on exactly where the last one ended."""
+    """A guest that follows one auction, and after a broken connection asks for what it missed."""
 
-    def __init__(self, engine: Engine, auction: UUID) -> None:
+    def __init__(self, engine: Engine, auction: UUID, history: list[Record]) -> None:
         self.auction = auction
-        self.first_seq: int | None = None
-        """The `seq` of the snapshot with which it began."""
-        self.seq = 0
-        self.events: list[Message] = []
-        self.subscriptions = 0
+        self.seq: int | None = None
+        """The last `seq` that it has seen."""
+        self.connections = 0
+        self._name = f"watcher {uuid4()}"
+        self._history = history
         self._engine = engine
-        self._subscribed = asyncio.Event()
         self._changed = asyncio.Condition()
         self._task = asyncio.create_task(self._run())
 
-    async def subscribed(self) -> None:
-        await self._or_failed(self._subscribed.wait())
-
     async def reached(self, seq: int) -> None:
-        """Wait until everything up to `seq` has come."""
-        await self._or_failed(self._wait_for(seq))
-
-    async def close(self) -> None:
-        self._task.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._task
-
-    async def _or_failed(self, waiting: Awaitable[object]) -> None:
-        waiter = asyncio.ensure_future(waiting)
+        """Wait until it has seen everything up to `seq`."""
+        waiter = asyncio.ensure_future(self._wait_for(seq))
         done, _ = await asyncio.wait((waiter, self._task), timeout=ANSWER_S, return_when=asyncio.FIRST_COMPLETED)
         waiter.cancel()
         if self._task in done:
             self._task.result()
         assert waiter in done, f"the events of {self.auction} did not come; the last was {self.seq}"
 
+    async def close(self) -> None:
+        self._task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._task
+
     async def _wait_for(self, seq: int) -> None:
         async with self._changed:
-            await self._changed.wait_for(lambda: self.seq >= seq)
+            await self._changed.wait_for(lambda: self.seq is not None and self.seq >= seq)
 
     async def _run(self) -> None:
         while True:
@@ -208,30 +218,26 @@ class Watcher:
             await asyncio.sleep(AGAIN_S)
 
     async def _follow(self, live: Live) -> None:
-        answer = await live.subscribe(self.auction, None if self.first_seq is None else self.seq)
+        self.connections += 1
+        here: dict[str, Any] = {"client": self._name, "connection": self.connections}
+        self._history.append(Connected(**here, user=None, at=now_ms()))
+        self._history.append(Subscribing(**here, auction=self.auction, since=self.seq, at=now_ms()))
+        answer = await live.subscribe(self.auction, self.seq)
         assert not live.others
-        if self.first_seq is None:
-            assert answer["recovered"] is False, answer
-            self.first_seq = self.seq = answer["seq"]
-        else:
-            assert answer["recovered"] is True, answer
-            self._take(answer["events"])
-        assert answer["seq"] == self.seq
-        self.subscriptions += 1
-        self._subscribed.set()
+        assert answer["type"] == "subscribed", answer
+        self._history.append(subscribed(self._name, self.connections, self.auction, self.seq, answer, now_ms()))
+        await self._saw(answer["seq"])
         async for text in live.socket:
             message = json.loads(text)
-            if message["type"] == "events":
-                self._take(message["events"])
-            elif message["type"] == "state":
-                # Folded: it stands for all up to its `seq`.
-                assert message["seq"] > self.seq
-                self.seq = message["seq"]
-            async with self._changed:
-                self._changed.notify_all()
+            assert message["type"] == "events", message
+            self._history.append(Events(**here, auction=self.auction, events=message["events"], at=now_ms()))
+            await self._saw(message["events"][-1]["seq"])
 
-    def _take(self, events: list[Message]) -> None:
-        for event in events:
-            assert event["seq"] == self.seq + 1, f"{event} does not follow on {self.seq}"
-            self.seq = event["seq"]
-            self.events.append(event)
+    async def _saw(self, seq: int) -> None:
+        self.seq = seq
+        async with self._changed:
+            self._changed.notify_all()
+
+
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000

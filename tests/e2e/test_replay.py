@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 
 from tests.e2e.engine import ROOT, Engine
+from tests.simulation.checker import check
+from tests.simulation.history import decode
 
-HISTORY = ROOT / "tests" / "data" / "ebay_palm_bids.csv"
+BIDS = ROOT / "tests" / "data" / "ebay_palm_bids.csv"
 EXCEPTIONS = {"3016587753", "3017736272"}
 """Their published prices follow from no rule of eBay's (see tests/data/README.md)."""
 
@@ -18,7 +20,8 @@ pytestmark = pytest.mark.timeout(120)
 def results(engine: Engine) -> dict[str, Any]:
     path = engine.folder / "results.json"
     options = ["--reserve-from-price", "--url", engine.url, "--data-dir", str(engine.data_dir), "--json", str(path)]
-    replayed = engine.gavel("replay", str(HISTORY), *options)
+    options += ["--history", str(engine.folder / "history.jsonl")]
+    replayed = engine.gavel("replay", str(BIDS), *options)
     assert replayed.returncode == 0, replayed.stdout + replayed.stderr
     assert "341 of 343 auctions closed at the published price" in replayed.stdout
     loaded: dict[str, Any] = json.loads(path.read_text())
@@ -32,6 +35,12 @@ def test_all_auctions_but_two_close_at_their_published_price(results: dict[str, 
         closing["auctionid"] for closing in results["closings"] if closing["price"] != closing["published_price"]
     }
     assert differing == EXCEPTIONS
+
+
+def test_what_the_bidders_saw_is_in_the_journal(engine: Engine, results: dict[str, Any]) -> None:
+    history = decode((engine.folder / "history.jsonl").read_bytes().splitlines())
+    assert len(history) == 2 * (results["acks"] + sum(results["rejections"].values()))
+    assert check(history, engine.journal_rows(), true_time=True) == []
 
 
 def test_the_journal_is_verified(engine: Engine, results: dict[str, Any]) -> None:

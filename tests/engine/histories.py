@@ -12,7 +12,7 @@ from uuid import UUID
 from hypothesis import strategies as st
 
 from engine.auction import Snapshot, snapshot
-from engine.commands import CancelAuction, Command, EndAuction, OpenAuction, PlaceBid, Role, SoftClose, Terms
+from engine.commands import CancelAuction, Command, EndAuction, OpenAuction, PayBack, PlaceBid, Role, SoftClose, Terms
 from engine.events import Event
 from engine.increments import Increments, Step, flat
 from engine.limits import AMOUNT_MAX
@@ -79,9 +79,17 @@ class Stop:
 
 
 @dataclass(frozen=True)
+class Outage:
+    """From this moment on nobody is there for so long."""
+
+    moment: Moment
+    lost_ms: int
+
+
+@dataclass(frozen=True)
 class History:
     terms: Terms
-    steps: list[Bid | Stop]
+    steps: list[Bid | Stop | Outage]
 
 
 @dataclass(frozen=True)
@@ -167,10 +175,15 @@ _STOPS = st.builds(
 )
 
 
+_OUTAGES = st.builds(
+    Outage, moment=_moments(), lost_ms=st.sampled_from([1_001, 2_000, WINDOW_MS, WINDOW_MS + 1, 59_999, 60_001])
+)
+
+
 def histories() -> st.SearchStrategy[History]:
-    # Few attempts to end, so that most auctions come to something.
+    # Few attempts to end and few outages, so that most auctions come to something.
     steps = st.integers(1, 20).flatmap(
-        lambda least: st.lists(_weighted((24, _BIDS), (1, _STOPS)), min_size=least, max_size=30)
+        lambda least: st.lists(_weighted((24, _BIDS), (1, _STOPS), (1, _OUTAGES)), min_size=least, max_size=30)
     )
     return st.builds(History, terms=terms(), steps=steps)
 
@@ -188,6 +201,12 @@ def play(history: History) -> Iterator[Turn]:
         now = max(now, _time(step.moment, now, oracle))
         driver.execute_due(now)
         before = snapshot(driver.auction)
+        if isinstance(step, Outage):
+            down, now = now, now + step.lost_ms
+            if oracle.early_end is None:
+                oracle.pay_back(down, now)
+            yield Turn(now, PayBack(AUCTION, down), before, driver.pay_back(down, now), None, driver, oracle)
+            continue
         if isinstance(step, Bid):
             amount = _amount(step.amount, oracle)
             bid_id = UUID(int=len(driver.events))

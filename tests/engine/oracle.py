@@ -1,13 +1,18 @@
 """A slow and obvious model of an auction, to compare the engine with.
 
-It keeps nothing but the accepted bids and, where there was one, the early end. Everything else is worked out from them
-each time it is asked for. It shares no code with the engine.
+`Oracle` keeps nothing but the accepted bids, the outages that were paid back and, where there was one, the early end.
+Everything else is worked out from them each time it is asked for. `Course` is the same auction played forward, for
+histories that are too long for that; a test holds the two together. They share no code with the engine.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
 
 AMOUNT_MAX = 9_999_999_999
+OUTAGE = 1_000
+"""A shorter one is none."""
+OUTAGE_LEFT = 60_000
+WINDOW_WITHOUT_SOFT_CLOSE = 60_000
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,14 @@ class AcceptedBid:
 
 
 @dataclass(frozen=True)
+class PaidBack:
+    """An outage moved the end, and the cap with it, when so many bids had been accepted."""
+
+    bids: int
+    moved_by: int
+
+
+@dataclass(frozen=True)
 class EarlyEnd:
     status: Literal["ended", "cancelled"]
     by: Literal["maker", "admin"]
@@ -66,6 +79,7 @@ class View:
 class Oracle:
     rules: Rules
     accepted: list[AcceptedBid] = field(default_factory=list)
+    paid_back: list[PaidBack] = field(default_factory=list)
     early_end: EarlyEnd | None = None
 
     # Commands: the code of the refusal, or None where it is accepted
@@ -118,6 +132,12 @@ class Oracle:
         if code is None:
             self.early_end = EarlyEnd(wanted, "maker" if as_maker else "admin")
         return code
+
+    def pay_back(self, down: int, back: int) -> None:
+        """The auction could not be reached from `down` to `back`."""
+        end = end_after_outage(self.rules, self.end_time(), down, back)
+        if end is not None:
+            self.paid_back.append(PaidBack(len(self.accepted), end - self.end_time()))
 
     # What follows from the accepted bids
 
@@ -178,13 +198,14 @@ class Oracle:
         return [bid for place, bid in enumerate(self.accepted) if self._leader_of(self.accepted[:place]) != bid.bidder]
 
     def end_time(self) -> int:
-        end, rule = self.rules.end_time, self.rules.soft_close
-        if rule is None:
-            return end
-        for bid in self.competing():
-            if end - bid.at <= rule.window:
+        end, rule, competing = self.rules.end_time, self.rules.soft_close, self.competing()
+        for place in range(len(self.accepted) + 1):
+            moved_until_now = [paid.moved_by for paid in self.paid_back if paid.bids <= place]
+            end += sum(paid.moved_by for paid in self.paid_back if paid.bids == place)
+            bid = self.accepted[place] if place < len(self.accepted) else None
+            if rule is not None and bid is not None and bid in competing and end - bid.at <= rule.window:
                 wanted = (bid.at if rule.anchor == "reset" else end) + rule.extension
-                end = max(end, min(wanted, self.rules.end_time + rule.max_extension))
+                end = max(end, min(wanted, self.rules.end_time + rule.max_extension + sum(moved_until_now)))
         return end
 
     def outcome(self, now: int) -> str | None:
@@ -204,8 +225,7 @@ class Oracle:
         return {bidder: number for number, bidder in enumerate(in_order, start=1)}
 
     def increment(self, price: int) -> int:
-        reached = [increment for from_price, increment in self.rules.increments if from_price <= price]
-        return reached[-1] if reached else self.rules.increments[0][1]
+        return increment_at(self.rules, price)
 
     def _raised(self, price: int) -> int:
         return price + self.increment(price)
@@ -221,3 +241,101 @@ class Oracle:
     def _leader_of(bids: list[AcceptedBid]) -> str | None:
         """The one who bid the most; of equals the first."""
         return max(bids, key=lambda bid: bid.amount).bidder if bids else None
+
+
+@dataclass
+class Course:
+    """An auction played forward, one accepted bid after another. What it says of each moment is what `Oracle` says."""
+
+    rules: Rules
+    leader: str | None = None
+    price: int = 0
+    bids: int = 0
+    end_time: int = 0
+    cap: int = 0
+    """How far bids may move the end."""
+    paddles: dict[str, int] = field(default_factory=dict)
+    maximums: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.price = self.rules.starting_price
+        self.end_time = self.cap = self.rules.end_time
+        if self.rules.soft_close is not None:
+            self.cap += self.rules.soft_close.max_extension
+
+    def refusal(self, bidder: str, amount: int) -> str | None:
+        """Why an active auction refuses a bid, or None."""
+        if bidder == self.rules.maker:
+            return "own_auction"
+        if amount < 1:
+            return "amount_invalid"
+        if amount > AMOUNT_MAX:
+            return "amount_too_large"
+        if bidder == self.leader:
+            return "max_not_raised" if amount <= self.maximums[bidder] else None
+        return "bid_too_low" if amount < self.minimum() else None
+
+    def bid(self, now: int, bidder: str, amount: int, *, is_exact: bool) -> None:
+        """A bid that is not refused."""
+        if bidder == self.leader:
+            self.maximums[bidder] = amount
+            self._reach_reserve()
+            return
+        highest = 0 if self.leader is None else self.maximums[self.leader]
+        if amount <= highest:
+            self.price = min(highest, amount + increment_at(self.rules, amount))
+        elif is_exact:
+            self.price = amount
+        elif self.leader is not None:
+            self.price = min(amount, highest + increment_at(self.rules, highest))
+        if amount > highest:
+            self.leader = bidder
+        self.bids += 1
+        self.paddles.setdefault(bidder, len(self.paddles) + 1)
+        self.maximums[bidder] = amount
+        self._reach_reserve()
+        rule = self.rules.soft_close
+        if rule is not None and self.end_time - now <= rule.window:
+            wanted = (now if rule.anchor == "reset" else self.end_time) + rule.extension
+            self.end_time = max(self.end_time, min(wanted, self.cap))
+
+    def move_end(self, end_time: int) -> None:
+        """An outage was paid back."""
+        self.cap += end_time - self.end_time
+        self.end_time = end_time
+
+    def minimum(self) -> int:
+        return self.price if self.leader is None else self.price + increment_at(self.rules, self.price)
+
+    def reserve_met(self) -> bool | None:
+        reserve = self.rules.reserve_price
+        if reserve is None:
+            return None
+        return self.leader is not None and self.maximums[self.leader] >= reserve
+
+    def outcome(self) -> str:
+        """What becomes of it when it ends now."""
+        if self.leader is None:
+            return "unsold"
+        return "reserve_not_met" if self.reserve_met() is False else "sold"
+
+    def _reach_reserve(self) -> None:
+        if self.reserve_met():
+            self.price = max(self.price, self.rules.reserve_price or 0)
+
+
+def increment_at(rules: Rules, price: int) -> int:
+    """By how much a bid must pass a price."""
+    reached = [increment for from_price, increment in rules.increments if from_price <= price]
+    return reached[-1] if reached else rules.increments[0][1]
+
+
+def end_after_outage(rules: Rules, end_time: int, down: int, back: int) -> int | None:
+    """Where the end moves that an outage came too near to; None where it stays."""
+    if back - down <= OUTAGE:
+        return None
+    down = max(down, rules.start_time)
+    window = WINDOW_WITHOUT_SOFT_CLOSE if rules.soft_close is None else rules.soft_close.window
+    if down >= back or not down < end_time < back + window:
+        return None
+    return back + max(end_time - down, min(back - down, OUTAGE_LEFT))

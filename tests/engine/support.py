@@ -12,6 +12,7 @@ from engine.commands import (
     EndAuction,
     ExecuteDue,
     OpenAuction,
+    PayBack,
     PlaceBid,
     Role,
     SoftClose,
@@ -85,6 +86,13 @@ class Driver:
     def execute_due(self, now: int) -> None:
         while self.state is not None and (due := due_at(self.state)) is not None and due <= now:
             assert self._take_up(ExecuteDue(self.state.auction), now), "what is due brings something about"
+
+    def pay_back(self, down: int, now: int) -> list[Event]:
+        """An outage from `down` until now, in which no deadline was executed; what was to open opens first."""
+        self.execute_due(down)
+        if self.auction.status == "scheduled" and due_at(self.auction) <= now:  # type: ignore[operator]  # It has one.
+            self._take_up(ExecuteDue(self.auction.auction), now)
+        return accepted(self._take_up(PayBack(self.auction.auction, down), now))
 
     def _take_up(self, command: Command, now: int) -> list[Event] | Rejection:
         before = msgspec.json.encode(self.state)

@@ -7,7 +7,7 @@ import pytest
 
 from engine.auction import decide, due_at, evolve, minimum, reserve_met, snapshot, terms_problem
 from engine.chain import seal
-from engine.commands import ExecuteDue, OpenAuction, PlaceBid, SoftClose
+from engine.commands import ExecuteDue, OpenAuction, PayBack, PlaceBid, SoftClose
 from engine.events import BidPlaced, Cancelled, Ended, Extended, MaximumRaised, Opened, ReserveReached, Scheduled
 from engine.increments import EBAY_US, Step, flat
 from engine.limits import AMOUNT_MAX, DAY_MS, INCREMENT_STEPS_MAX, REASON_LENGTH_MAX, SECOND_MS, TITLE_LENGTH_MAX
@@ -477,6 +477,70 @@ def test_an_auction_is_opened_once() -> None:
     driver = Driver.opened()
     command = OpenAuction(auction=AUCTION, maker=MAKER, request_id=REQUEST, terms=make_terms())
     assert refused(driver.submit(command, NOW)).code == "already_exists"
+
+
+# After an outage
+
+
+SMALL = SoftClose(window_ms=5_000, extension_ms=5_000, max_extension_ms=20_000)
+
+
+@pytest.mark.parametrize(
+    ("down", "back", "end_time"),
+    [
+        # As much is left as there was...
+        (END - 20_000, END - 15_000, END + 5_000),
+        # ... or as it took, if that is more, but a minute at the most.
+        (END - 2_000, END + 10_000, END + 22_000),
+        (END - 1, END + 1_000_000, END + 1_060_000),
+        (END - 90_000, END + 1_000_000, END + 1_090_000),
+        # Far from its end, or after it, nothing was lost.
+        (END - 90_000, END - 60_000, None),
+        (END - 90_000, END - 59_999, END + 30_001),
+        (END, END + 10_000, None),
+        (END - 5_000, END - 5_000, None),
+    ],
+)
+def test_an_outage_near_the_end_moves_it(down: int, back: int, end_time: int | None) -> None:
+    driver = Driver.opened()
+    driver.bid(ANNA, up_to=5_000)
+    assert driver.pay_back(down, back) == ([] if end_time is None else [Extended(end_time, None, "outage")])
+    if down < END:
+        assert driver.auction.end_time == (END if end_time is None else end_time)
+        assert driver.auction.status == "active"
+
+
+def test_with_soft_close_its_window_says_what_is_near_and_its_cap_moves_along() -> None:
+    driver = Driver.opened(soft_close=SMALL)
+    assert driver.pay_back(END - 20_000, END - 5_000) == []
+    assert driver.pay_back(END - 20_000, END - 4_999) == [Extended(END + 15_001, END + 35_001, "outage")]
+    # Bids move the end as they would have.
+    driver.bid(ANNA, up_to=5_000, now=END + 15_000)
+    assert driver.auction.end_time == END + 20_000
+    assert driver.pay_back(END + 16_000, END + 18_000) == [Extended(END + 22_000, END + 37_001, "outage")]
+
+
+def test_what_was_to_open_in_an_outage_lost_the_time_since_then() -> None:
+    driver = Driver.opened(start_time=NOW + 5_000, end_time=NOW + 30_000)
+    assert driver.pay_back(NOW, NOW + 20_000) == [Extended(NOW + 45_000, None, "outage")]
+    assert [type(event) for event in driver.events] == [Scheduled, Opened, Extended]
+    driver = Driver.opened(start_time=NOW + 5_000, end_time=NOW + 10_000)
+    assert driver.pay_back(NOW, NOW + 20_000) == [Extended(NOW + 35_000, None, "outage")]
+    # What opens at the very moment has lost nothing.
+    driver = Driver.opened(start_time=NOW + 5_000, end_time=NOW + 10_000)
+    assert driver.pay_back(NOW, NOW + 5_000) == []
+
+
+def test_what_is_not_on_gets_no_time_back() -> None:
+    assert decide(None, PayBack(AUCTION, NOW), NOW + 5_000) == []
+    scheduled = Driver.opened(start_time=NOW + 5_000, end_time=NOW + 10_000)
+    assert scheduled.pay_back(NOW, NOW + 4_999) == []
+    cancelled = Driver.opened(end_time=NOW + 10_000)
+    cancelled.cancel(MAKER)
+    assert cancelled.pay_back(NOW, NOW + 5_000) == []
+    ended = Driver.opened(end_time=NOW + 10_000)
+    ended.end(MAKER)
+    assert ended.pay_back(NOW, NOW + 5_000) == []
 
 
 # Ending early

@@ -4,8 +4,9 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 
-from engine.auction import snapshot
-from engine.events import Ended
+from engine.auction import outage_window_ms, snapshot
+from engine.commands import PayBack
+from engine.events import Ended, Extended
 from engine.rejections import Rejection
 from tests.engine.histories import History, histories, play
 from tests.engine.support import Driver, replay
@@ -81,7 +82,36 @@ def test_the_end_never_moves_back_nor_past_the_cap(history: History) -> None:
     soft_close = history.terms.soft_close
     cap = history.terms.end_time + (0 if soft_close is None else soft_close.max_extension_ms)
     for turn in play(history):
-        assert turn.before.end_time <= turn.driver.auction.end_time <= cap
+        moved = sum(paid.moved_by for paid in turn.oracle.paid_back)
+        assert turn.before.end_time <= turn.driver.auction.end_time <= cap + moved
+
+
+@settings(max_examples=300)
+@given(histories())
+def test_after_an_outage_there_is_as_much_time_as_there_was_or_as_it_took(history: History) -> None:
+    for turn in play(history):
+        if not isinstance(turn.command, PayBack):
+            continue
+        assert not isinstance(turn.result, Rejection)
+        state, before = turn.driver.auction, turn.before
+        if not turn.result:
+            assert state.end_time == before.end_time
+            # It was over, or is to open later, or its end is far enough away.
+            is_far = state.end_time - turn.now >= outage_window_ms(state)
+            assert state.status != "active" or is_far or turn.now == state.terms.start_time
+            continue
+        [moved] = turn.result
+        assert isinstance(moved, Extended)
+        down = max(turn.command.down, before.start_time)
+        left, lost = before.end_time - down, turn.now - down
+        assert left > 0
+        assert state.end_time - turn.now == max(left, min(lost, 60_000))
+        assert before.end_time < moved.end_time == state.end_time
+        if moved.end_time_max is not None:
+            soft_close = state.terms.soft_close
+            assert soft_close is not None
+            moves = sum(paid.moved_by for paid in turn.oracle.paid_back)
+            assert moved.end_time_max == state.terms.end_time + soft_close.max_extension_ms + moves
 
 
 @settings(max_examples=300)
@@ -99,5 +129,5 @@ def test_stored_events_replay_to_the_live_state(history: History) -> None:
 def test_a_refusal_and_a_late_command_change_nothing(history: History) -> None:
     for turn in play(history):
         if isinstance(turn.result, Rejection) or turn.before.status in {"ended", "cancelled"}:
-            assert isinstance(turn.result, Rejection)
+            assert isinstance(turn.result, Rejection) or turn.result == []
             assert snapshot(turn.driver.auction) == turn.before

@@ -6,13 +6,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.e2e.engine import ROOT, Engine, running, wait_until
+from tests.simulation.checker import check
+from tests.simulation.history import Record, Verdict, decode
 
-HISTORY = ROOT / "tests" / "data" / "ebay_palm_bids.csv"
+BIDS = ROOT / "tests" / "data" / "ebay_palm_bids.csv"
 ACKS_BEFORE = 1_000
 REPLAY_S = 150
 
@@ -26,13 +27,13 @@ def engine() -> Iterator[Engine]:
 
 
 def test_nothing_acknowledged_is_lost_or_counted_twice(engine: Engine) -> None:
-    acks_path, results_path = engine.folder / "acks.jsonl", engine.folder / "results.json"
-    acks_path.touch()
-    with _replaying(engine, acks_path, results_path) as replay:
-        wait_until(lambda: len(_lines(acks_path)) >= ACKS_BEFORE, "the replay does not come to its middle")
+    history_path, results_path = engine.folder / "history.jsonl", engine.folder / "results.json"
+    history_path.touch()
+    with _replaying(engine, history_path, results_path) as replay:
+        wait_until(lambda: _acks(_records(history_path)) >= ACKS_BEFORE, "the replay does not come to its middle")
         engine.kill_everything()
         assert replay.poll() is None, "the replay was over before the engine was killed"
-        before = len(_lines(acks_path))
+        before = _acks(_records(history_path))
         engine.start()
         output, errors = replay.communicate(timeout=REPLAY_S)
     assert replay.returncode == 0, output + errors
@@ -41,16 +42,16 @@ def test_nothing_acknowledged_is_lost_or_counted_twice(engine: Engine) -> None:
     results = json.loads(results_path.read_text())
     assert results["as_published"] == 341
     assert results["reconnects"] > 0
-    acks = [json.loads(line) for line in _lines(acks_path)]
-    assert len(acks) == results["acks"] > before
-    _check_acks(engine, acks)
+    history = _records(history_path)
+    assert _acks(history) == results["acks"] > before
+    assert check(history, engine.journal_rows(), true_time=True) == []
     engine.verify()
     assert not engine.leaks()
 
 
 @contextmanager
-def _replaying(engine: Engine, acks: Path, results: Path) -> Iterator["subprocess.Popen[str]"]:
-    files = ["--acks", str(acks), "--json", str(results)]
+def _replaying(engine: Engine, history: Path, results: Path) -> Iterator["subprocess.Popen[str]"]:
+    files = ["--history", str(history), "--json", str(results)]
     options = [
         "--patience",
         str(REPLAY_S),
@@ -63,7 +64,7 @@ def _replaying(engine: Engine, acks: Path, results: Path) -> Iterator["subproces
         str(engine.data_dir),
     ]
     replay = subprocess.Popen(
-        [sys.executable, "-m", "gavel", "replay", str(HISTORY), *options, *files],
+        [sys.executable, "-m", "gavel", "replay", str(BIDS), *options, *files],
         cwd=ROOT,
         env=engine.environment(),
         stdin=subprocess.DEVNULL,
@@ -79,20 +80,11 @@ def _replaying(engine: Engine, acks: Path, results: Path) -> Iterator["subproces
             replay.kill()
 
 
-def _lines(path: Path) -> list[str]:
-    """The whole lines of a file that is being written."""
-    return path.read_text().splitlines(keepends=True) if path.read_text().endswith("\n") else []
+def _records(path: Path) -> list[Record]:
+    """The records in a file to which more is being written."""
+    whole, _, _ = path.read_text().rpartition("\n")
+    return decode(whole.splitlines())
 
 
-def _check_acks(engine: Engine, acks: list[dict[str, Any]]) -> None:
-    """Each acknowledged bid is in the journal exactly once, where its acknowledgement says and with that hash."""
-    rows = engine.fetch(
-        "SELECT entity_id, seq, hash, substring(command_id FROM 17) FROM journal WHERE command_id <> ''"
-    )
-    journaled: dict[tuple[str, str], list[tuple[int, str]]] = {}
-    for entity_id, seq, event_hash, command in rows:
-        journaled.setdefault((str(entity_id), command.hex()), []).append((seq, event_hash.hex()))
-    for ack in acks:
-        key = ack["auction"], ack["bid_id"].replace("-", "")
-        assert journaled.get(key) == [(ack["seq"], ack["hash"])], ack
-    assert len({(ack["auction"], ack["bid_id"]) for ack in acks}) == len(acks)
+def _acks(history: list[Record]) -> int:
+    return sum(isinstance(record, Verdict) and record.kind == "ack" for record in history)

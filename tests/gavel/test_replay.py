@@ -1,13 +1,17 @@
 """The replay's reading of a history, and its ids; the playing itself is tested against a server."""
 
+import io
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import pytest
 
+from gavel.client import Message
 from gavel.errors import CommandError
 from gavel.replay import (
+    Bidder,
     Closing,
     RecordedAuction,
     Tally,
@@ -19,6 +23,7 @@ from gavel.replay import (
     results_of,
     user_of,
 )
+from tests.simulation.history import Sent, Verdict, decode
 
 HEADER = "auctionid,bid,bidtime,bidder,bidderrate,openbid,price,item,auction_type\n"
 
@@ -95,6 +100,46 @@ def test_a_run_asks_for_the_same_end_all_month_and_within_a_year() -> None:
     for month in range(1, 13):
         today = datetime(2027, month, 28, tzinfo=UTC)
         assert 100 < (far_end(today) - today).days < 366
+
+
+async def test_what_a_bidder_sends_and_hears_is_a_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = io.StringIO()
+    auction, user, bid_id = UUID(int=1), UUID(int=2), UUID(int=3)
+    bidder = Bidder("http://127.0.0.1:8700", "token", auction, user, "7/ann", 0, seen)
+    ack: Message = {
+        "seq": 2,
+        "hash": "00",
+        "outcome": "leading",
+        "price": 1,
+        "paddle": 1,
+        "max_amount": 5,
+        "minimum": 2,
+    }
+
+    async def bid(auction: UUID, bid_id: UUID, *, max_amount: int) -> Message:
+        """Refused for the moment, sent again, sent again on each of two new connections, acknowledged."""
+        bidder.client.connections = 1
+        bidder.heard({"type": "welcome"})
+        bidder.heard({"type": "error", "ref": 1, "code": "busy", "message": "No room.", "retry_after_ms": 250})
+        bidder.client.connections = 3
+        bidder.heard({"type": "ack", "ref": 2, "bid_id": str(bid_id), "end_time": 9, **ack})
+        return ack
+
+    monkeypatch.setattr(bidder.client, "bid", bid)
+    assert await bidder.bid(bid_id, 5) == ack
+    history = decode(seen.getvalue().splitlines())
+    assert [(type(record), getattr(record, "connection", 0)) for record in history] == [
+        (Sent, 1),
+        (Verdict, 1),
+        (Sent, 2),
+        (Sent, 3),
+        (Verdict, 3),
+    ]
+    first, refused, _, _, acknowledged = history
+    here: dict[str, Any] = {"client": "7/ann", "auction": auction, "bid_id": bid_id}
+    assert first == Sent(**here, connection=1, bidder=user, max_amount=5, at=first.at)
+    assert refused == Verdict(**here, connection=1, kind="error", code="busy", at=refused.at)
+    assert acknowledged == Verdict(**here, connection=3, kind="ack", end_time=9, **ack, at=acknowledged.at)
 
 
 def test_the_results_name_what_differs_and_sum_up(capsys: pytest.CaptureFixture[str]) -> None:

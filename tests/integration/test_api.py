@@ -37,8 +37,8 @@ async def client(world: World, pool: asyncpg.Pool) -> AsyncIterator[httpx.AsyncC
             [row[:7] for row in rows],
         )
         await pool.execute(
-            "INSERT INTO entities (entity_id, slot, kind, owner_id, status, due_at, created_at) "
-            "VALUES ($1, $2, $3, $4, $5, $6, $7) "
+            "INSERT INTO entities (entity_id, slot, kind, owner_id, status, due_at, window_ms, created_at) "
+            "VALUES ($1, $2, $3, $4, $5, $6, $7, $8) "
             "ON CONFLICT (entity_id) DO UPDATE SET status = excluded.status, due_at = excluded.due_at",
             *entity,
         )
@@ -177,9 +177,10 @@ async def test_an_auction_without_bids_has_an_empty_list_and_an_unknown_one_none
 
 async def test_lists_use_their_indexes(pool: asyncpg.Pool, client: httpx.AsyncClient) -> None:
     await pool.execute(
-        "INSERT INTO entities SELECT gen_random_uuid(), n % 1024, 'auction', "
+        "INSERT INTO entities (entity_id, slot, kind, owner_id, status, due_at, created_at, window_ms) "
+        "SELECT gen_random_uuid(), n % 1024, 'auction', "
         "('00000000-0000-4000-8000-' || lpad((n % 500)::text, 12, '0'))::uuid, "
-        "CASE WHEN n % 50 = 0 THEN 'active' ELSE 'ended' END, NULL, n FROM generate_series(1, 20000) n"
+        "CASE WHEN n % 50 = 0 THEN 'active' ELSE 'ended' END, NULL, n, 60000 FROM generate_series(1, 20000) n"
     )
     await pool.execute("ANALYZE entities")
     for where, index in (

@@ -17,8 +17,8 @@ import httpx
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
 
-from actors import bootstrap, clock
-from actors.bootstrap import Place, RunningShard, start_shard
+from actors import bootstrap, clock, database
+from actors.bootstrap import Place, RunningShard, host_of, start_shard
 from actors.directory import Directory
 from actors.journal import SELECT_ROWS, row_of
 from engine.audit import Audit
@@ -58,7 +58,7 @@ class Engine:
         self.gateway = await start_gateway(self.place, door, "gateway-0")
 
     async def start_shard(self) -> None:
-        self.shard = await start_shard(self.place, 0, die)
+        self.shard = await start_shard(host_of(self.place), 0, die)
 
     async def kill_shard(self) -> None:
         """Leave what a `kill -9` leaves: broken links, broken connections, and an address in the directory."""
@@ -70,7 +70,7 @@ class Engine:
         tasks = [*running.shard._tasks, running._clock_task]
         for task in tasks:
             task.cancel()
-        running._writer.terminate()
+        running._journal._writer.terminate()
         running._pool.terminate()
         await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -256,7 +256,7 @@ async def test_a_shard_that_dies_costs_nobody_a_bid_and_no_watcher_an_event(engi
         async with engine.pool.acquire() as other, other.transaction():
             await other.execute("SELECT FROM shards FOR UPDATE")
             late = await ben.send({"op": "bid", "auction": auction, "bid_id": str(uuid4()), "amount": 2_000})
-            await wait_for_lock(engine.pool, shard._writer.get_server_pid())
+            await wait_for_lock(engine.pool, shard._journal._writer.get_server_pid())
             await engine.kill_shard()
         # And another is made while there is no shard.
         await until(lambda: engine.gateway._router.unreachable() == [0])
@@ -268,6 +268,32 @@ async def test_a_shard_that_dies_costs_nobody_a_bid_and_no_watcher_an_event(engi
         assert await watcher.seen(5) == [2, 3, 4, 5]
         assert len(ben.answers[late]) == len(anna.answers[during]) == 1
     assert await audited(engine.pool, auction) == ["opened", *["bid_placed"] * 4]
+
+
+async def test_ended_database_sessions_cost_nobody_a_bid_and_no_watcher_an_event(engine: Engine) -> None:
+    auction = await engine.open_auction()
+    running = engine.shard
+    assert running is not None
+    epoch = running._journal.epoch
+    async with engine.client() as watcher, engine.client(ANNA) as anna, engine.client(BEN) as ben:
+        await watcher.subscribe(auction)
+        await anna.bid(auction, 1_000)
+        # A bid is on its way to the journal when its session is ended.
+        async with engine.pool.acquire() as other, other.transaction():
+            await other.execute("SELECT FROM shards FOR UPDATE")
+            late = await ben.send({"op": "bid", "auction": auction, "bid_id": str(uuid4()), "amount": 2_000})
+            backend_pid = running._journal._writer.get_server_pid()
+            await wait_for_lock(engine.pool, backend_pid)
+            await other.execute("SELECT pg_terminate_backend($1)", backend_pid)
+        # That is acknowledged once it is sure; what comes next is taken up once nothing is owed any more.
+        assert (await ben.answer(late))["seq"] == 3
+        await until(lambda: not running.shard._is_away)
+        assert (await anna.bid(auction, 3_000))["seq"] == 4
+        assert await watcher.seen(4) == [2, 3, 4]
+        assert len(ben.answers[late]) == 1
+    assert running._journal.epoch > epoch
+    assert engine.gateway._router.unreachable() == []
+    assert await audited(engine.pool, auction) == ["opened", *["bid_placed"] * 3]
 
 
 async def test_a_shard_that_stops_in_good_order_keeps_snapshots(engine: Engine) -> None:
@@ -379,16 +405,16 @@ async def test_a_shard_that_was_overtaken_while_it_started_dies(
     await engine.kill_shard()
     announce = Directory.announce
 
-    async def overtaken(self: Directory, shard: int, epoch: int, address: str) -> bool:
-        await engine.pool.execute("UPDATE shards SET epoch = epoch + 1")
-        return await announce(self, shard, epoch, address)
+    async def overtaken(self: Directory, shard: int, owner: UUID, address: str) -> bool:
+        await engine.pool.execute("UPDATE shards SET epoch = epoch + 1, owner = $1", uuid4())
+        return await announce(self, shard, owner, address)
 
     reasons: list[str] = []
     with monkeypatch.context() as patched:
         patched.setattr(Directory, "announce", overtaken)
         # In earnest the process ends here; we let it go on, so that it can be stopped.
-        engine.shard = await start_shard(engine.place, 0, cast("Callable[[str], NoReturn]", reasons.append))
-    assert reasons == ["a newer incarnation of this shard has taken over"]
+        engine.shard = await start_shard(host_of(engine.place), 0, cast("Callable[[str], NoReturn]", reasons.append))
+    assert reasons[0] == "another process has taken this shard over"
     await engine.kill_shard()
 
 
@@ -407,8 +433,8 @@ async def test_a_shard_waits_for_a_database_that_is_just_starting(
         assert pool is not None
         return pool
 
-    monkeypatch.setattr(bootstrap, "_CONNECT_RETRY_S", 0.001)
+    monkeypatch.setattr(database, "_CONNECT_RETRY_S", 0.001)
     monkeypatch.setattr(asyncpg, "create_pool", fail_twice)
-    pool = await bootstrap.connect(database_url)
+    pool = await database.Postgres(database_url).pool()
     await pool.close()
     assert tries == 3

@@ -12,6 +12,7 @@ import picows
 import pytest
 
 from actors import link as link_module
+from actors import network as network_module
 from actors import shard as shard_module
 from actors.directory import Owner
 from actors.journal import Unreadable
@@ -39,18 +40,20 @@ from actors.messages import (
     decode_shard_frame,
     proof,
 )
+from actors.network import WebSockets
 from engine import auction
 from engine.commands import EndAuction, PlaceBid
 from engine.limits import LINK_BATCH_MAX
 from engine.rejections import Rejection
 from gateway.fanout import Fanout
 from tests.engine.support import ANNA, AUCTION, BEN, MAKER, REQUEST
-from tests.support.shards import House, Recorder, bid, opening
+from tests.support.shards import House, Recorder, bid, opening, recall
 from tests.support.waiting import until
 
 SECRET = b"a secret of the cluster"
 GET = GetAuction(AUCTION, None)
 NUMBER = 0
+OWNER = UUID(int=1)
 
 
 class Site:
@@ -76,10 +79,10 @@ class Site:
         self, *, secret: bytes = SECRET, number: int = NUMBER, prepare: Callable[[House], None] = lambda _: None
     ) -> House:
         house = House(self.store)
+        await house.start()
         prepare(house)
-        await house.shard.start()
-        server = LinkServer(house.shard, number, house.epoch, secret)
-        self.owner = Owner(NUMBER, house.epoch, await server.listen("127.0.0.1"))
+        server = LinkServer(house.shard, number, house.owner, lambda: house.journal.epoch, secret)
+        self.owner = Owner(NUMBER, house.journal.epoch, await server.listen(WebSockets(), "127.0.0.1"))
         self.houses.append(house)
         self.servers.append(server)
         return house
@@ -99,6 +102,7 @@ class Site:
             gateway="gateway",
             shard=NUMBER,
             secret=secret,
+            network=WebSockets(),
             find_owner=self.find_owner,
             on_published=self.published.append,
             on_open=self.opened.append,
@@ -166,6 +170,10 @@ async def asker(site: Site) -> Asker:
     link = site.link()
     await link.opened()
     return Asker(link)
+
+
+def greeting(version: int = VERSION, shard: int = NUMBER, epoch: int = 1, owner: UUID = OWNER) -> Greeting:
+    return Greeting(version, shard, epoch, owner, bytes(32))
 
 
 def code(answer: Answer) -> str:
@@ -270,7 +278,7 @@ async def test_many_large_answers_do_not_make_too_large_a_frame(
     house.take(Recorder(), *(bid(BEN if n % 2 else ANNA, 1_000 + 500 * n, bid_id=n) for n in range(999)))
     await house.at_rest()
     # New links take frames of 2 MiB; the answers to come have several times as much.
-    monkeypatch.setattr(link_module, "LINK_FRAME_BYTES_MAX", 2 * 1024 * 1024)
+    monkeypatch.setattr(network_module, "LINK_FRAME_BYTES_MAX", 2 * 1024 * 1024)
     link = site.link()
     await link.opened()
     many = Asker(link)
@@ -298,7 +306,7 @@ async def test_a_gateway_without_the_secret_is_refused(site: Site, caplog: pytes
 
 
 async def test_a_shard_without_the_secret_is_refused(site: Site, caplog: pytest.LogCaptureFixture) -> None:
-    fake = await Fake.start(site, Greeting(VERSION, NUMBER, 1, bytes(32)), secret=b"another secret")
+    fake = await Fake.start(site, greeting(), secret=b"another secret")
     link = site.link()
     await site.tried()
     assert not link.is_open
@@ -310,9 +318,9 @@ async def test_a_shard_without_the_secret_is_refused(site: Site, caplog: pytest.
 @pytest.mark.parametrize(
     ("owner_epoch", "greeting"),
     [
-        (2, Greeting(VERSION, NUMBER, 1, bytes(32))),
-        (1, Greeting(VERSION, NUMBER + 1, 1, bytes(32))),
-        (1, Greeting(VERSION + 1, NUMBER, 1, bytes(32))),
+        (2, greeting(epoch=1)),
+        (1, greeting(shard=NUMBER + 1)),
+        (1, greeting(version=VERSION + 1)),
     ],
 )
 async def test_another_incarnation_shard_or_version_is_refused(
@@ -348,10 +356,10 @@ async def test_an_older_incarnation_than_the_last_is_not_even_tried(site: Site, 
 async def test_a_newer_incarnation_than_the_directory_says_is_taken(site: Site) -> None:
     house = await site.start_shard()
     assert site.owner is not None
-    site.owner = site.owner._replace(epoch=house.epoch - 1)
+    site.owner = site.owner._replace(epoch=house.journal.epoch - 1)
     link = site.link()
     await link.opened()
-    assert link._epoch == house.epoch
+    assert link._epoch == house.journal.epoch
 
 
 # What is not of the protocol
@@ -507,7 +515,7 @@ async def test_a_close_frame_closes(site: Site, asker: Asker) -> None:
 
 
 async def test_garbage_from_a_shard_ends_the_link_which_opens_again(site: Site) -> None:
-    fake = await Fake.start(site, Greeting(VERSION, NUMBER, 1, bytes(32)))
+    fake = await Fake.start(site, greeting())
     link = site.link()
     await link.opened()
     fake.ends[-1].transport.send(picows.WSMsgType.BINARY, b"\xc1")
@@ -517,7 +525,7 @@ async def test_garbage_from_a_shard_ends_the_link_which_opens_again(site: Site) 
 
 
 async def test_output_before_the_welcome_is_passed_over(site: Site) -> None:
-    fake = await Fake.start(site, Greeting(VERSION, NUMBER, 1, bytes(32)), secret=b"another secret")
+    fake = await Fake.start(site, greeting(), secret=b"another secret")
     fake.before_greeting = Output([Published(AUCTION, 1, 1, b"{}")])
     site.link()
     await site.tried()
@@ -665,6 +673,7 @@ async def test_who_is_asked_for_anew_while_older_turns_are_on_their_way_gets_not
         gateway="gateway",
         shard=NUMBER,
         secret=SECRET,
+        network=WebSockets(),
         find_owner=site.find_owner,
         on_published=fanout.published,
         on_open=take_up,
@@ -683,7 +692,7 @@ async def test_who_is_asked_for_anew_while_older_turns_are_on_their_way_gets_not
     if is_new_incarnation:
         await site.kill_shard_and_notice()
         house = await site.start_shard(prepare=lambda house: house.journal.hold())
-        await until(lambda: len(house.journal.appends) == 1)
+        await until(lambda: house.journal.appends[-1] != [])
     for end in list(site.servers[-1].ends):
         end.close()
     # A turn is on its way to the journal; behind it waits one with the answer to the new link's subscription.
@@ -728,6 +737,7 @@ async def test_topics_are_asked_for_before_anything_is_sent_again(site: Site) ->
         gateway="gateway",
         shard=NUMBER,
         secret=SECRET,
+        network=WebSockets(),
         find_owner=site.find_owner,
         on_published=site.published.append,
         on_open=resubscribe,
@@ -843,6 +853,66 @@ async def test_a_broken_link_to_the_same_incarnation_is_no_death(site: Site, ask
     house.journal.let_go()
     assert accepted((await asker.all())[0]).seq == 2
     assert bids(site.store) == [2]
+
+
+async def test_a_process_that_settled_its_writes_meanwhile_has_not_died(site: Site, asker: Asker) -> None:
+    """The epoch rises with each settling; what is in flight then may be sent as often as before."""
+    house, server = site.houses[-1], site.servers[-1]
+    house.journal.hold()
+    asker.submit(bid(ANNA, 1_000))
+    for times in range(1, 5):
+        await until(lambda times=times: house.shard._line == times)  # type: ignore[misc]
+        await house.journal.settle([], [], None)
+        assert site.owner is not None
+        # The directory may still name the epoch before, or the newest one.
+        if times % 2 == 0:
+            site.owner = site.owner._replace(epoch=server.epoch())
+        for end in list(server.ends):
+            end.close()
+    await until(lambda: house.shard._line == 5)
+    assert asker.link._epoch == server.epoch() == 5
+    house.journal.let_go()
+    assert accepted((await asker.all())[0]).seq == 2
+    assert bids(site.store) == [2]
+
+
+async def test_a_link_that_was_opened_before_a_settling_goes_on(site: Site, asker: Asker) -> None:
+    house = site.houses[-1]
+    epoch = asker.link._epoch
+    await house.journal.settle([], [], None)
+    asker.submit(bid(ANNA, 1_000))
+    assert accepted((await asker.all())[0]).seq == 2
+    assert asker.link._epoch == epoch
+    assert site.opened == [NUMBER]
+
+
+async def test_a_process_in_the_middle_of_greeting_may_settle(site: Site) -> None:
+    """What was greeted in one epoch is proved in that epoch."""
+    house = await site.start_shard()
+    client = await Client.connect(site)
+    await house.journal.settle([], [], None)
+    await client.prove()
+    late = await Client.connect(site)
+    assert [message.epoch for message in (client.frames[0], late.frames[0])] == [1, 2]
+    await late.prove()
+
+
+@pytest.mark.parametrize("is_settling", [True, False])
+async def test_only_another_process_in_a_higher_epoch_is_a_death(site: Site, asker: Asker, is_settling: bool) -> None:
+    await site.kill_shard_and_notice()
+    asker.submit(bid(ANNA, 1_000))
+    sent = []
+    for number in range(1, 4):
+        epoch, owner = 10 + number, UUID(int=1 if is_settling else number)
+        fake = await Fake.start(site, greeting(epoch=epoch, owner=owner), epoch=epoch)
+        await until(lambda fake=fake: len(fake.frames) >= 2)  # type: ignore[misc]
+        fake.close()
+        await until(lambda fake=fake: not fake.is_connected())  # type: ignore[misc]
+        frame = decode_gateway_frame(fake.frames[1])
+        assert isinstance(frame, Batch)
+        sent += [request.payload for request in frame.requests]
+    last = bid(ANNA, 1_000) if is_settling else recall(bid(ANNA, 1_000))
+    assert sent == [bid(ANNA, 1_000), bid(ANNA, 1_000), last]
 
 
 async def test_what_breaks_with_the_link_under_it_is_sent_on_the_next(site: Site, asker: Asker) -> None:
@@ -973,7 +1043,7 @@ async def test_a_silent_gateway_is_noticed(site: Site) -> None:
 
 @pytest.mark.usefixtures("_quick_pulse")
 async def test_a_silent_shard_is_noticed(site: Site) -> None:
-    fake = await Fake.start(site, Greeting(VERSION, NUMBER, 1, bytes(32)), auto_pong=False)
+    fake = await Fake.start(site, greeting(), auto_pong=False)
     site.link()
     await until(lambda: len(fake.ends) >= 3)
 
@@ -1002,7 +1072,7 @@ async def test_a_peer_that_answers_pings_is_not_silent(site: Site, monkeypatch: 
 
 async def test_a_shard_that_never_greets_is_given_up(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link_module, "LINK_GREETING_MS", 20)
-    fake = await Fake.start(site, Greeting(VERSION, NUMBER, 1, bytes(32)))
+    fake = await Fake.start(site, greeting())
     fake.is_silent = True
     link = site.link()
     await until(lambda: len(fake.ends) >= 6)

@@ -1,13 +1,15 @@
 """`gavel verify` on a real journal: each auction is judged by itself, whatever was done to another."""
 
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import asyncpg
 import pytest
 
+from actors.database import Postgres
 from actors.directory import Directory
 from actors.entities import Entity
-from actors.journal import PostgresJournal, Row
+from actors.journal import PostgresJournal, Row, session_name
+from actors.network import WebSockets
 from engine.auction import decide
 from engine.commands import Command, command_id
 from engine.rejections import Rejection
@@ -23,9 +25,12 @@ async def connection(database_url: str, pool: asyncpg.Pool) -> asyncpg.Connectio
     """A connection to a journal of three auctions with two bids each, and a snapshot of every one."""
     directory = Directory(pool)
     await directory.lay_out(1)
-    connection = await asyncpg.connect(database_url)
-    epoch = await pool.fetchval("UPDATE shards SET epoch = epoch + 1 RETURNING epoch")
-    journal = PostgresJournal(connection, pool, 0, epoch)
+    database, owner = Postgres(database_url), uuid4()
+    connection = await database.connect(session_name(0))
+    taken = await directory.take_over(0, owner, connection.get_server_pid(), WebSockets().refuses)
+    journal = PostgresJournal(
+        database=database, writer=connection, readers=pool, shard=0, owner=owner, epoch=taken.epoch
+    )
     for auction in (RIGHT, HARMED, LAST):
         entity = Entity(auction)
         rows: list[Row] = []

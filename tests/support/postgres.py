@@ -1,14 +1,18 @@
 """A real Postgres for a session of tests, and what tests do to it."""
 
 import asyncio
+import contextlib
+import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import asyncpg
+import psutil
 
 import migrations
-from gavel.postgres import EmbeddedPostgres
+from gavel.postgres import EmbeddedPostgres, folder_of
 from tests.support.waiting import until_true
 
 TABLES = "entities, journal, private, shards, slots, snapshots"
@@ -24,6 +28,33 @@ def running_postgres(folder: Path) -> Iterator[str]:
         yield url
     finally:
         postgres.stop()
+
+
+class OwnPostgres:
+    """A Postgres of a test's own, which it may take down."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.url = self.start()
+
+    def start(self) -> str:
+        """Start it, for the first time or again; it recovers from its log."""
+        self._postgres = EmbeddedPostgres(self._folder)
+        return self._postgres.start()
+
+    def crash(self) -> None:
+        """End it at once, as `pg_ctl stop -m immediate` does: no session gets to an end, no checkpoint is written."""
+        pid_file = folder_of(self._folder) / "postmaster.pid"
+        postmaster = psutil.Process(int(pid_file.read_text().split(maxsplit=1)[0]))
+        postmaster.send_signal(signal.SIGQUIT)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            # Whose child it is may not have waited for it yet.
+            while postmaster.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.01)
+
+    def stop(self) -> None:
+        """Stop it in good order."""
+        self._postgres.stop()
 
 
 async def wait_for_lock(connection: asyncpg.Connection | asyncpg.Pool, backend_pid: int) -> None:

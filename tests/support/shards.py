@@ -2,16 +2,28 @@
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
-from typing import NoReturn
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Literal, NoReturn
 from uuid import UUID
 
-from actors.journal import EntityRow, Loaded, Row, SnapshotRow
+from actors.journal import EntityRow, Life, Loaded, Row, SnapshotRow, Unreadable, Unsettled
 from actors.memory import MemoryJournal, MemoryStore
-from actors.messages import Answer, Answered, Payload, Published, Recall, Request
+from actors.messages import (
+    Answer,
+    Answered,
+    AuctionView,
+    BidAccepted,
+    Payload,
+    Published,
+    Recall,
+    Request,
+    Subscribed,
+)
 from actors.shard import Shard
 from engine.commands import CancelAuction, EndAuction, OpenAuction, PlaceBid, command_id
 from engine.limits import SLOTS
+from engine.rejections import Rejection
 from tests.engine.support import AUCTION, MAKER, NOW, REQUEST, make_terms
 from tests.support.waiting import turns
 
@@ -23,10 +35,11 @@ class Died(Exception):
 class ControlledJournal(MemoryJournal):
     """A journal whose writes and reads a test may hold, fail and count."""
 
-    def __init__(self, store: MemoryStore, shard: int, epoch: int) -> None:
-        super().__init__(store, shard, epoch)
+    def __init__(self, store: MemoryStore, shard: int, owner: UUID) -> None:
+        super().__init__(store, shard, owner)
         self.appends: list[list[Row]] = []
         self.checks = 0
+        self.closings = 0
         self.loads: list[UUID] = []
         self.before_append = asyncio.Event()
         self.before_append.set()
@@ -34,8 +47,14 @@ class ControlledJournal(MemoryJournal):
         self.after_append.set()
         self.before_load = asyncio.Event()
         self.before_load.set()
+        self.is_away = False
+        """Whether nothing can be written or read just now."""
+        self.loses: Literal["write", "reply"] | None = None
+        """What becomes of the next append: it does not arrive, or is done but not answered."""
         self.append_error: Exception | None = None
         self.check_error: Exception | None = None
+        self.settle_error: Exception | None = None
+        self.settled: list[list[Row]] = []
         self.snapshot_error: Exception | None = None
         self.read_error: Exception | None = None
         self.load_errors: dict[UUID, Exception] = {}
@@ -52,20 +71,32 @@ class ControlledJournal(MemoryJournal):
         self.before_append.set()
         self.after_append.set()
 
-    async def append(self, rows: Sequence[Row], entities: Sequence[EntityRow]) -> None:
+    async def append(self, rows: Sequence[Row], entities: Sequence[EntityRow], paid_until: int | None = None) -> Life:
         self.appends.append(list(rows))
         self.log.append(f"append {len(rows)}")
         await self.before_append.wait()
         if self.append_error is not None:
             raise self.append_error
-        await super().append(rows, entities)
+        loses, self.loses = self.loses, None
+        self._check_reach(is_lost=loses == "write")
+        life = await super().append(rows, entities, paid_until)
         await self.after_append.wait()
+        self._check_reach(is_lost=loses == "reply")
+        return life
 
-    async def check(self) -> None:
+    async def check(self) -> Life:
         self.checks += 1
         if self.check_error is not None:
             raise self.check_error
-        await super().check()
+        self._check_reach()
+        return await super().check()
+
+    async def settle(self, rows: Sequence[Row], entities: Sequence[EntityRow], paid_until: int | None) -> Life:
+        self.settled.append(list(rows))
+        if self.settle_error is not None:
+            raise self.settle_error
+        self._check_reach()
+        return await super().settle(rows, entities, paid_until)
 
     async def save_snapshots(self, snapshots: Sequence[SnapshotRow]) -> None:
         self.log.append(f"save {len(snapshots)}")
@@ -79,12 +110,24 @@ class ControlledJournal(MemoryJournal):
         await self.before_load.wait()
         if entity_id in self.load_errors:
             raise self.load_errors[entity_id]
+        if self.is_away:
+            raise Unreadable("away")
         return await super().load(entity_id, snapshot_version)
 
     async def read(self, entity_id: UUID, seq: int) -> Row | None:
         if self.read_error is not None:
             raise self.read_error
         return await super().read(entity_id, seq)
+
+    async def closing(self, before: int) -> list[UUID]:
+        self.closings += 1
+        if self.is_away:
+            raise Unreadable("away")
+        return await super().closing(before)
+
+    def _check_reach(self, *, is_lost: bool = False) -> None:
+        if self.is_away or is_lost:
+            raise Unsettled("away")
 
 
 class Recorder:
@@ -127,13 +170,28 @@ class House:
 
     def __init__(self, store: MemoryStore | None = None, slots: Sequence[int] = range(SLOTS), now: int = NOW) -> None:
         self.store = store or MemoryStore()
-        self.now = now
-        self.epoch = self.store.take_over(0)
-        self.journal = ControlledJournal(self.store, 0, self.epoch)
+        self._now = now
+        self.store.clock = lambda: self._now
+        self.owner = self.store.take_over(0)
+        self.journal = ControlledJournal(self.store, 0, self.owner)
         self.deaths: list[str] = []
         self.died = asyncio.Event()
         self.shard = Shard(slots=slots, clock=lambda: self.now, journal=self.journal, die=self.die)
         self._requests = 0
+
+    @property
+    def now(self) -> int:
+        return self._now
+
+    @now.setter
+    def now(self, now: int) -> None:
+        """Time passes, and the shard is in service all the while."""
+        self._now = now
+        self.store.shards[0].alive_at = now
+
+    def be_out(self, until: int) -> None:
+        """Time passes, and the shard gives no sign of life meanwhile."""
+        self._now = until
 
     def die(self, reason: str) -> NoReturn:
         self.deaths.append(reason)
@@ -151,6 +209,9 @@ class House:
         """One turn through an outlet of its own, and the answers to it."""
         outlet = Recorder()
         return [await outlet.answer(number) for number in self.take(outlet, *payloads)]
+
+    async def start(self) -> None:
+        await self.shard.start(self.store.shards[0].down_at)
 
     async def ask(self, payload: Payload) -> Answer:
         return await self.shard.ask(payload)
@@ -184,6 +245,10 @@ class House:
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
+Start = Callable[..., Awaitable[House]]
+"""Starts a shard over a store, or over a new one."""
+
+
 def opening(auction: UUID = AUCTION, request_id: UUID = REQUEST, **terms: object) -> OpenAuction:
     """The command that opens an auction by the usual maker."""
     return OpenAuction(auction=auction, maker=MAKER, request_id=request_id, terms=make_terms(**terms))
@@ -206,3 +271,46 @@ def recall(command: OpenAuction | PlaceBid | EndAuction | CancelAuction) -> Reca
         case _:
             caller = command.caller
     return Recall(command.auction, command_id(command), caller)
+
+
+# Answers, which must be of a kind
+
+
+def code(answer: Answer) -> str:
+    assert isinstance(answer, Rejection), answer
+    return answer.code
+
+
+def accepted(answer: Answer) -> BidAccepted:
+    assert isinstance(answer, BidAccepted), answer
+    return answer
+
+
+def viewed(answer: Answer) -> AuctionView:
+    assert isinstance(answer, AuctionView), answer
+    return answer
+
+
+def subscribed(answer: Answer) -> Subscribed:
+    assert isinstance(answer, Subscribed), answer
+    return answer
+
+
+def listed(events: bytes | None) -> list[dict[str, Any]]:
+    assert events is not None
+    found: list[dict[str, Any]] = json.loads(b"[" + events + b"]")
+    return found
+
+
+def seqs(published: list[Published]) -> list[int]:
+    """The numbers of all events that were published, which must be what their frames say."""
+    found = []
+    for frame in published:
+        numbers = [event["seq"] for event in listed(frame.events)]
+        assert (numbers[0], numbers[-1]) == (frame.first, frame.last)
+        found += numbers
+    return found
+
+
+def kinds(store: MemoryStore, auction: UUID = AUCTION) -> list[str]:
+    return [row.kind for _, row in sorted(store.journal[auction].items())]

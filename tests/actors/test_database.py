@@ -1,0 +1,52 @@
+"""Which errors of the database leave it open whether a statement was done."""
+
+import asyncpg
+import pytest
+
+from actors.database import ERRORS, is_passing
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TimeoutError(),
+        ConnectionRefusedError(),
+        FileNotFoundError("no socket"),
+        asyncpg.InterfaceError("connection is closed"),
+        # The server has said goodbye, and the driver is just reading that.
+        asyncpg.InternalClientError("cannot switch to state 11; another operation (2) is in progress"),
+        asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation"),
+        asyncpg.SerializationError("could not serialize access"),
+        asyncpg.DeadlockDetectedError("deadlock detected"),
+        asyncpg.DiskFullError("no space left on device"),
+        asyncpg.TooManyConnectionsError("sorry, too many clients already"),
+        asyncpg.QueryCanceledError("canceling statement due to user request"),
+        asyncpg.AdminShutdownError("terminating connection due to administrator command"),
+        asyncpg.CrashShutdownError("terminating connection because of crash of another server process"),
+        asyncpg.CannotConnectNowError("the database system is starting up"),
+    ],
+)
+def test_what_passes(error: Exception) -> None:
+    assert isinstance(error, ERRORS)
+    assert is_passing(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        asyncpg.UniqueViolationError("duplicate key"),
+        asyncpg.CheckViolationError("seq begins at 1"),
+        asyncpg.NumericValueOutOfRangeError("out of range"),
+        asyncpg.UndefinedTableError("there is no journal"),
+        asyncpg.InsufficientPrivilegeError("permission denied"),
+        asyncpg.LockNotAvailableError("canceling statement due to lock timeout"),
+        asyncpg.ReadOnlySQLTransactionError("cannot execute INSERT in a read-only transaction"),
+        # Arguments that the driver does not even send.
+        asyncpg.DataError("invalid input for query argument $1"),
+        asyncpg.ClientConfigurationError("invalid DSN"),
+        asyncpg.PostgresError("of no class"),
+    ],
+)
+def test_what_stays(error: Exception) -> None:
+    assert isinstance(error, ERRORS)
+    assert not is_passing(error)

@@ -1,0 +1,190 @@
+"""The engine in a simulated world: the real shards and gateways, wired as in production, on simulated processes."""
+
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any, Final
+from uuid import UUID, uuid4
+
+from actors.bootstrap import Host, RunningShard, keep_synchronised, start_shard
+from actors.clock import Clock
+from actors.database import ERRORS
+from actors.directory import Directory, Owner
+from actors.journal import Unreadable
+from actors.link import Link
+from actors.messages import Answer, Payload
+from gateway.fanout import Fanout
+from gateway.router import Router
+from gateway.session import Session
+from gateway.socket import ClientSocket, Sockets
+from gateway.tokens import Identity
+from tests.simulation.network import SimulatedNetwork
+from tests.simulation.observer import Observer
+from tests.simulation.postgres import SimulatedPostgres
+from tests.simulation.world import SECOND_US, Process, World
+
+SHARDS: Final = 2
+GATEWAYS: Final = 2
+_SECRET: Final = b"the secret of a simulated cluster"
+_FAR_MS: Final = 4_000_000_000_000
+_RESTART_US: Final = (300_000, 1_200_000)
+"""How long it takes until a process that has died is started again."""
+
+
+class House:
+    """Postgres, shards and gateways. What dies is started again, as Ray does."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.postgres = SimulatedPostgres(world)
+        self.observer = Observer(world, self.postgres)
+        self._lay_out()
+        self.shards: list[Process] = []
+        """All processes of shards, also those that have died."""
+        self.numbers: dict[Process, int] = {}
+        """Which shard each of them is for."""
+        self.running: dict[Process, RunningShard] = {}
+        """Those that serve."""
+        self.gateways: list[Gateway] = []
+        self._started = 0
+        for number in range(SHARDS):
+            self.start_shard(number)
+        for number in range(GATEWAYS):
+            self.start_gateway(number)
+
+    def _lay_out(self) -> None:
+        """Deal the slots, as `gavel up` does before anything else."""
+        process = Process(self.world, "setup")
+
+        async def lay_out() -> None:
+            pool = await self.postgres.database(process).pool()
+            await Directory(pool).lay_out(SHARDS)
+            self.world.stop()
+
+        process.spawn(lay_out())
+        self.world.run(self.world.now_us + 60 * SECOND_US)
+        process.kill()
+
+    def start_shard(self, number: int, *, is_kept: bool = True) -> Process:
+        """Start a process for a shard; where another one is, it waits."""
+        process = self._process(f"shard-{number}")
+        self.shards.append(process)
+        self.numbers[process] = number
+        process.spawn(_or_die(process, self._serve_shard(process, number)))
+        if is_kept:
+            process.on_death.append(partial(self._again, self.start_shard, number))
+        return process
+
+    def start_gateway(self, number: int) -> None:
+        """Start a gateway."""
+        process = self._process(f"gateway-{number}")
+        gateway = Gateway(process, self._host(process))
+        self.gateways.append(gateway)
+        process.spawn(_or_die(process, gateway.serve()))
+        process.on_death.append(partial(self._again, self.start_gateway, number))
+
+    def stop_shard(self, process: Process) -> None:
+        """End a process in good order: it hands its shard back."""
+
+        async def stop() -> None:
+            await self.running[process].stop()
+            process.die("stopped")
+
+        process.spawn(_or_die(process, stop()))
+
+    def addresses(self) -> list[str]:
+        """Where clients find gateways."""
+        return [gateway.address for gateway in self.gateways if gateway.address and not gateway.process.is_dead]
+
+    def living(self) -> list[Process]:
+        """The processes of the engine that live."""
+        return [process for process in self.world.processes if not process.is_dead and process.name != "clients"]
+
+    def submit(self, payload: Payload, asker: Process, on_answer: Callable[[Answer], None]) -> bool:
+        """Hand a command to some gateway, as a request over HTTP does; False if there is none."""
+        gateways = [one for one in self.gateways if one.address and not one.process.is_dead]
+        if not gateways:
+            return False
+        gateway = self.world.random.choice(gateways)
+
+        def answered(answer: Answer) -> None:
+            self.world.after(500, partial(asker.call_soon, on_answer, answer))
+
+        gateway.process.call_soon(gateway.router.submit, payload, answered)
+        return True
+
+    async def _serve_shard(self, process: Process, number: int) -> None:
+        self.running[process] = await start_shard(self._host(process), number, process.die)
+
+    def _again(self, start: Callable[[int], object], number: int) -> None:
+        self.world.after(self.world.random.randint(*_RESTART_US), start, number)
+
+    def _process(self, name: str) -> Process:
+        self._started += 1
+        return Process(self.world, f"{name}.{self._started}")
+
+    def _host(self, process: Process) -> Host:
+        network = SimulatedNetwork(self.world, process)
+        return Host(network, self.postgres.database(process), _SECRET, "", process.monotonic_ns)
+
+
+class Gateway:
+    """One gateway, wired as `gateway_actor` does, without HTTP."""
+
+    def __init__(self, process: Process, host: Host) -> None:
+        self.process = process
+        self.address = ""
+        self.router: Router
+        self.sockets = Sockets()
+        self._host = host
+        self._directory: Directory
+
+    async def serve(self) -> None:
+        """Open the links, then the door."""
+        host = self._host
+        pool = await host.database.pool()
+        clock = Clock(host.monotonic_ns)
+        await clock.synchronise(pool)
+        self._directory = Directory(pool)
+        router = self.router = Router(await self._directory.slots())
+        fanout = Fanout(router)
+        router.connect({owner.shard: self._link(owner.shard, fanout) for owner in await self._directory.owners()})
+        await router.opened()
+        assert isinstance(host.network, SimulatedNetwork)
+        listening = host.network.listen_now(
+            lambda: ClientSocket(router, fanout, Session(uuid4(), _identify, clock()), clock, self.sockets),
+            auto_pong=False,
+        )
+        self.address = listening.address
+        self.process.spawn(keep_synchronised(clock, pool))
+        self._tick(clock)
+
+    def _link(self, shard: int, fanout: Fanout) -> Link:
+        return Link(
+            gateway=self.process.name,
+            shard=shard,
+            secret=self._host.secret,
+            network=self._host.network,
+            find_owner=self._find_owner,
+            on_published=fanout.published,
+            on_open=fanout.resubscribe,
+        )
+
+    async def _find_owner(self, shard: int) -> Owner | None:
+        return next((owner for owner in await self._directory.owners() if owner.shard == shard), None)
+
+    def _tick(self, clock: Clock) -> None:
+        self.sockets.tick(clock())
+        self.process.call_later(1.0, self._tick, clock)
+
+
+def _identify(token: str, _now: int) -> Identity:
+    """In a simulated world everybody is who they say."""
+    return Identity(UUID(token), "viewer", _FAR_MS)
+
+
+async def _or_die(process: Process, work: Coroutine[Any, Any, None]) -> None:
+    """A start that fails for want of its surroundings ends the process, which is then started again."""
+    try:
+        await work
+    except (*ERRORS, Unreadable) as error:
+        process.die(f"could not start: {error!r}")

@@ -1,0 +1,105 @@
+"""What the simulator knows of an engine beside its clients: when its shards were out, and when bids were taken up.
+
+`start_shard` makes shards and journals of these classes in a simulated world; they are the real ones, looked at.
+"""
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+from uuid import UUID
+
+from actors import bootstrap
+from actors.journal import EntityRow, Life, PostgresJournal, Row
+from actors.messages import Request
+from actors.shard import Outlet, Shard
+from engine.commands import PlaceBid, command_id
+from tests.simulation.postgres import SimulatedPostgres, Table, Values
+from tests.simulation.world import Process, World
+
+
+class Out(NamedTuple):
+    """A shard could take no bids; milliseconds by Postgres's clock and by the shard's."""
+
+    shard: int
+    down: int
+    back: int
+
+
+@dataclass
+class _Shard:
+    """A shard as Postgres's rows show it."""
+
+    claim: tuple[int, int]
+    """Epoch and session."""
+    alive_at: int | None
+    """Its last sign of life while it served."""
+    down: int | None = None
+    """Since when it has not served."""
+
+
+class Observer:
+    """Looks on at one world."""
+
+    def __init__(self, world: World, postgres: SimulatedPostgres) -> None:
+        self.outages: list[Out] = []
+        self.taken: dict[tuple[UUID, bytes], int] = {}
+        """When each bid was last taken up, by its shard's clock."""
+        self.paying: dict[int, int] = {}
+        """Until when a shard pays an outage back just now."""
+        self._shards: dict[int, _Shard] = {}
+        self._columns = postgres.tables["shards"].columns
+        postgres.on_commit = self._committed
+        world.shared[Observer] = self
+
+    @staticmethod
+    def here() -> "Observer":
+        """The observer of the world in which the running process is."""
+        return cast("Observer", cast("Process", asyncio.get_running_loop()).world.shared[Observer])
+
+    def _committed(self, table: Table, values: Values) -> None:
+        if table.name != "shards":
+            return
+        row: dict[str, Any] = dict(zip(self._columns, values, strict=True))
+        number, claim = row["shard_id"], (row["epoch"], row["backend_pid"])
+        alive_at = int(row["alive_at"] + 500) // 1_000 if row["alive_at"] > 0 else None
+        shard = self._shards.setdefault(number, _Shard(claim, None))
+        if claim != shard.claim:
+            shard.claim = claim
+            shard.down = shard.alive_at if shard.down is None else shard.down
+        elif number in self.paying and row["owner"] is not None:
+            back = self.paying.pop(number)
+            if shard.down is not None and back - shard.down > _OUTAGE_MS:
+                self.outages.append(Out(number, shard.down, back))
+            shard.down = None if row["down_at"] is None else back
+            shard.alive_at = alive_at
+        elif shard.down is None:
+            shard.alive_at = alive_at
+
+
+_OUTAGE_MS = 1_000
+
+
+class ObservedJournal(PostgresJournal):
+    """A journal that says when an outage is paid back."""
+
+    async def append(self, rows: Sequence[Row], entities: Sequence[EntityRow], paid_until: int | None = None) -> Life:
+        if paid_until is not None:
+            Observer.here().paying[self._shard] = paid_until
+        return await super().append(rows, entities, paid_until)
+
+
+class ObservedShard(Shard):
+    """A shard that says when it takes bids up."""
+
+    def take(self, requests: Iterable[Request], outlet: Outlet) -> None:
+        requests = list(requests)
+        taken, now = Observer.here().taken, self._clock()
+        for request in requests:
+            if isinstance(request.payload, PlaceBid):
+                taken[request.payload.auction, command_id(request.payload)] = now
+        super().take(requests, outlet)
+
+
+bootstrap.PostgresJournal = ObservedJournal  # type: ignore[attr-defined]
+bootstrap.Shard = ObservedShard  # type: ignore[attr-defined]

@@ -1,0 +1,546 @@
+"""One seed: an engine, its clients and its faults, and what came of it."""
+
+from collections.abc import Callable
+from random import Random
+from typing import Final, Literal, NamedTuple
+from uuid import UUID
+
+from actors.directory import slot_of
+from actors.messages import Answer, AuctionView
+from engine.commands import CancelAuction, EndAuction, OpenAuction, SoftClose, Terms
+from engine.increments import Step, flat
+from engine.rejections import Rejection
+from tests.simulation.checker import Outage, check
+from tests.simulation.client import Client, Lot
+from tests.simulation.history import Answered, Asked, Record
+from tests.simulation.house import SHARDS, House
+from tests.simulation.network import Wires
+from tests.simulation.world import SECOND_US, START_US, Process, World
+
+_SETTLE_S: Final = 240
+"""Long enough for the longest outage to be paid back, and every auction to end."""
+_CLOCK_ERROR_MS: Final = 20
+"""So far at most the clocks of processes are from Postgres's."""
+_BROKEN_CLOCK_ERROR_MS: Final = 4_000
+"""And so far while they drift and jump."""
+_FAIR_DEATHS: Final = ("could not start", "stopped", "another process has taken")
+"""How the reasons begin for which a shard's process may end itself."""
+_RETRY_US: Final = 400_000
+
+
+class Result(NamedTuple):
+    """What came of a seed."""
+
+    seed: int
+    violations: list[str]
+    commands: int
+    faults: dict[str, int]
+    """How often each kind of fault happened."""
+    events: int
+    """In the journal, at the end."""
+    simulated_s: float
+
+
+def run(seed: int, on_trace: Callable[[str], None] | None = None) -> Result:
+    """Simulate a seed and judge it."""
+    with World(seed, on_trace) as world:
+        scenario = Scenario(world)
+        scenario.play()
+        violations = scenario.judge()
+        simulated_s = (world.now_us - START_US) / SECOND_US
+    violations += [f"[fault] {fault.process}: {fault.text}" for fault in world.faults]
+    return Result(
+        seed=seed,
+        violations=violations,
+        commands=scenario.commands,
+        faults=scenario.nemesis.done,
+        events=len(scenario.house.postgres.rows()),
+        simulated_s=simulated_s,
+    )
+
+
+class Scenario:
+    """A house with a few auctions and clients, and somebody who breaks things."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        random = self._random = Random(f"scenario {world.seed}")
+        self.house = House(world)
+        self.history: list[Record] = []
+        self.acts_s = random.uniform(3, 8)
+        """So long clients bid and things break."""
+        self.people = Process(world, "clients")
+        self.maker = UUID(int=random.getrandbits(128), version=4)
+        self.openings = [self._opening() for _ in range(random.choice((1, 1, 2, 3)))]
+        self._lots = [
+            Lot(
+                opening.auction,
+                opening.terms.starting_price,
+                opening.terms.increments[0].increment,
+                opening.terms.end_time,
+            )
+            for opening in self.openings
+        ]
+        self.clients = self._make_clients()
+        self.nemesis = Nemesis(self)
+        self._asked = 0
+
+    def play(self) -> None:
+        """Let it all happen, heal what is broken, and wait until everything is settled."""
+        world = self.world
+        for opening in self.openings:
+            world.after(self._random.randint(0, SECOND_US), self._ask, "open", opening)
+            if self._random.random() < 0.15:
+                world.after(self._random.randint(SECOND_US, int(self.acts_s * SECOND_US)), self._stop_early, opening)
+        for client in self.clients:
+            self.people.spawn(client.live())
+            self.people.spawn(client.bid())
+        self.nemesis.plan(self.acts_s)
+        world.run(START_US + int(self.acts_s * SECOND_US))
+        self.nemesis.heal()
+        deadline_us = world.now_us + _SETTLE_S * SECOND_US
+        while not self._is_settled() and world.now_us < deadline_us:
+            world.run(world.now_us + SECOND_US // 5)
+
+    def judge(self) -> list[str]:
+        """All that is wrong."""
+        violations = []
+        for process in self.house.shards:
+            violations += [
+                f"[death] {process.name}: {reason}" for reason in process.deaths if not reason.startswith(_FAIR_DEATHS)
+            ]
+        found = check(
+            self.history,
+            self.house.postgres.rows(),
+            true_time=True,
+            outages=self._outages(),
+            taken=self.house.observer.taken,
+            clock_error_ms=self.nemesis.clock_error_ms,
+        )
+        violations += [str(violation) for violation in found]
+        if not self._is_settled():
+            violations += [f"[stuck] {client.describe()}" for client in self.clients]
+        return violations
+
+    @property
+    def commands(self) -> int:
+        """How many commands clients sent."""
+        return self._asked + sum(client.sent for client in self.clients)
+
+    def _is_settled(self) -> bool:
+        return all(client.is_settled for client in self.clients)
+
+    def _outages(self) -> list[Outage]:
+        of_shard = {
+            shard: frozenset(opening.auction for opening in self.openings if slot_of(opening.auction) % SHARDS == shard)
+            for shard in range(SHARDS)
+        }
+        return [Outage(of_shard[shard], down, back) for shard, down, back in self.house.observer.outages]
+
+    # Who is there
+
+    def _opening(self) -> OpenAuction:
+        random = self._random
+        now = START_US // 1_000
+        start = random.choice((None, None, now + random.randint(500, 4_000)))
+        soft_close = SoftClose(
+            window_ms=random.choice((1_000, 2_000, 5_000)),
+            extension_ms=random.choice((1_000, 2_000, 4_000)),
+            max_extension_ms=random.choice((0, 3_000, 20_000)),
+            anchor=random.choice(("reset", "append")),
+        )
+        starting_price = random.choice((1, 100, 1_000))
+        return OpenAuction(
+            auction=UUID(int=random.getrandbits(128), version=4),
+            maker=self.maker,
+            request_id=UUID(int=random.getrandbits(128), version=4),
+            terms=Terms(
+                title="A bowl",
+                currency="EUR",
+                starting_price=starting_price,
+                increments=random.choice((flat(1), flat(50), (Step(0, 5), Step(500, 25)))),
+                start_time=start,
+                end_time=now + random.choice((3_000, 6_000, 9_000)) + random.randint(2_000, 4_000),
+                reserve_price=random.choice((None, starting_price + 300)),
+                soft_close=random.choice((None, soft_close, soft_close)),
+            ),
+        )
+
+    def _make_clients(self) -> list[Client]:
+        random = self._random
+        users = [UUID(int=random.getrandbits(128), version=4) for _ in range(random.randint(2, 5))]
+        # Some are on two devices.
+        users += random.sample(users, random.choice((0, 1)))
+        gap_s = random.choice((0.03, 0.1, 0.6))
+        shared_ids = [UUID(int=random.getrandbits(128), version=4) for _ in range(3)]
+        return [
+            Client(
+                name=f"client-{number}",
+                user=user,
+                process=self.people,
+                random=Random(random.getrandbits(64)),
+                gap_s=gap_s,
+                addresses=self.house.addresses,
+                lots=self._lots,
+                shared_ids=shared_ids,
+                history=self.history,
+                bids_until_us=START_US + int(self.acts_s * SECOND_US),
+            )
+            for number, user in enumerate(users, 1)
+        ]
+
+    # What the maker asks for, over HTTP
+
+    def _stop_early(self, opening: OpenAuction) -> None:
+        random = self._random
+        command = random.choice((EndAuction, CancelAuction))(
+            auction=opening.auction,
+            caller=self.maker,
+            role=random.choice(("maker", "admin")),
+            request_id=UUID(int=random.getrandbits(128), version=4),
+            reason="a reason",
+            salt=random.randbytes(16),
+        )
+        self._ask("end" if isinstance(command, EndAuction) else "cancel", command)
+
+    def _ask(self, op: Literal["open", "end", "cancel"], command: OpenAuction | EndAuction | CancelAuction) -> None:
+        """Ask until there is an answer that lasts."""
+        caller = command.maker if isinstance(command, OpenAuction) else command.caller
+        is_answered = False
+
+        def answered(answer: Answer) -> None:
+            nonlocal is_answered
+            if is_answered:
+                return
+            is_answered = True
+            code = answer.code if isinstance(answer, Rejection) else None
+            self.history.append(
+                Answered(
+                    client="maker",
+                    op=op,
+                    auction=command.auction,
+                    caller=caller,
+                    request_id=command.request_id,
+                    code=code,
+                    at=self._now_ms(),
+                )
+            )
+            assert isinstance(answer, AuctionView | Rejection)
+            if isinstance(answer, Rejection) and (answer.is_transient or code in ("internal", "not_found")):
+                self.world.after(_RETRY_US, self._ask, op, command)
+            elif op == "open" and isinstance(answer, Rejection):
+                # An outage went on until after its end: it never opens, and nobody waits for it.
+                self._lots[:] = [lot for lot in self._lots if lot.auction != command.auction]
+
+        def give_up() -> None:
+            nonlocal is_answered
+            if not is_answered:
+                is_answered = True
+                self._ask(op, command)
+
+        if self.house.submit(command, self.people, answered):
+            self._asked += 1
+            self.history.append(
+                Asked(
+                    client="maker",
+                    op=op,
+                    auction=command.auction,
+                    caller=caller,
+                    request_id=command.request_id,
+                    at=self._now_ms(),
+                )
+            )
+            self.world.after(10 * SECOND_US, give_up)
+        else:
+            self.world.after(_RETRY_US, self._ask, op, command)
+
+    def _now_ms(self) -> int:
+        return self.world.now_us // 1_000
+
+
+class Nemesis:
+    """Who breaks things: of all kinds of faults a few in each seed, at times drawn from the seed."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.world = scenario.world
+        self.house = scenario.house
+        self.people = scenario.people
+        self._openings = scenario.openings
+        self.done: dict[str, int] = {}
+        self._random = Random(f"nemesis {self.world.seed}")
+        self._wires = Wires.of(self.world)
+        self._is_over = False
+        self._has_jumped = False
+        self._kinds: dict[str, Callable[[], bool]] = {
+            "shard killed": self._kill_shard,
+            "shard killed in a write": self._kill_shard_in_write,
+            "shard killed near an end": self._kill_shard_near_end,
+            "shard paused": self._pause_shard,
+            "shard stopped in order": self._stop_shard,
+            "second incarnation": self._start_rival,
+            "shard replaced unawares": self._replace_unawares,
+            "machine paused": self._pause_machine,
+            "gateway killed": self._kill_gateway,
+            "gateway paused": self._pause_gateway,
+            "link cut": self._cut_link,
+            "link silent": self._silence_link,
+            "client cut off": self._cut_client,
+            "database crashed": self._crash_database,
+            "power cut": self._cut_power,
+            "database away": self._lose_database,
+            "database away from one": self._part_from_database,
+            "database connection cut": self._cut_connection,
+            "database connection cut in a write": self._cut_write,
+            "everything cut": self._cut_everything,
+            "database slow": self._slow_database,
+            "database clock jumped": self._jump_database_clock,
+            "shard replaced after a jump of the clock": self._jump_and_replace,
+            "process clock jumped": self._jump_clock,
+            "process clock drifts": self._drift,
+            "network slow": self._slow_network,
+        }
+
+    @property
+    def clock_error_ms(self) -> int:
+        """So far at most one clock was from another."""
+        return _BROKEN_CLOCK_ERROR_MS if any("clock" in kind for kind in self.done) else _CLOCK_ERROR_MS
+
+    def plan(self, acts_s: float) -> None:
+        """Draw what will happen, and when."""
+        random = self._random
+        kinds = random.sample(list(self._kinds), random.choice((0, 1, 2, 3, 5)))
+        for _ in range(random.choice((2, 4, 8)) if kinds else 0):
+            kind = random.choice(kinds)
+            self.world.after(int(random.uniform(0.2, acts_s) * SECOND_US), self._happen, kind)
+
+    def heal(self) -> None:
+        """Nothing breaks any more, and what is broken is mended."""
+        self._is_over = True
+        for process in self.house.living():
+            process.set_drift(0)
+
+    def _happen(self, kind: str) -> None:
+        if not self._is_over and self._kinds[kind]():
+            self.done[kind] = self.done.get(kind, 0) + 1
+            if self.world.is_tracing:
+                self.world.trace("nemesis", kind)
+
+    def _later(self, least_s: float, most_s: float, action: Callable[..., object], *arguments: object) -> None:
+        self.world.after(int(self._random.uniform(least_s, most_s) * SECOND_US), action, *arguments)
+
+    # Processes
+
+    def _pick(self, processes: list[Process]) -> Process | None:
+        living = [process for process in processes if not process.is_dead and not process.is_paused]
+        return self._random.choice(living) if living else None
+
+    def _kill_shard(self) -> bool:
+        process = self._pick(self.house.shards)
+        if process is not None:
+            process.kill()
+        return process is not None
+
+    def _kill_shard_in_write(self) -> bool:
+        """What it has sent goes on without it."""
+        process = self._pick([process for process in self.house.shards if process in self.house.running])
+        if process is not None:
+            self._slow_database_for(0.06, 1.0)
+            self._later(0.005, 0.05, process.kill)
+            if self._random.random() < 0.5:
+                self.house.start_shard(self.house.numbers[process], is_kept=False)
+        return process is not None
+
+    def _kill_shard_near_end(self) -> bool:
+        """Who takes over must read the auction while its last bids come."""
+        end_us = self._random.choice(self._openings).terms.end_time * 1_000
+        kill_us = end_us - self._random.randint(300_000, 1_600_000)
+        if kill_us <= self.world.now_us:
+            return False
+        self.world.at(kill_us, self._kill_shard)
+        self.world.at(kill_us, self._slow_database_for, 2, 0.3)
+        return True
+
+    def _pause_shard(self) -> bool:
+        return self._pause(self._pick(self.house.shards))
+
+    def _stop_shard(self) -> bool:
+        process = self._pick([process for process in self.house.shards if process in self.house.running])
+        if process is not None:
+            self.house.stop_shard(process)
+        return process is not None
+
+    def _start_rival(self) -> bool:
+        """Ray has lost sight of a process that lives, or a spare stands by."""
+        self.house.start_shard(self._random.randrange(SHARDS), is_kept=False)
+        return True
+
+    def _replace_unawares(self) -> bool:
+        """A shard loses Postgres and is replaced; some gateways have found the new one, some still ask the old one."""
+        process = self._pick([process for process in self.house.shards if process in self.house.running])
+        if process is None:
+            return False
+        self._lose_database_for(process, self._random.uniform(4, 10))
+        self.house.start_shard(self.house.numbers[process], is_kept=False)
+        gateway = self._pick([gateway.process for gateway in self.house.gateways])
+        if gateway is not None:
+            self._later(2.5, 4, self._cut_all, process, gateway)
+        return True
+
+    def _pause_machine(self) -> bool:
+        """A shard and a gateway stand still together, so that neither finds the other silent; the shard is replaced."""
+        process = self._pick([process for process in self.house.shards if process in self.house.running])
+        gateway = self._pick([gateway.process for gateway in self.house.gateways])
+        if process is None or gateway is None:
+            return False
+        duration_s = self._random.uniform(2.5, 5)
+        for one in (process, gateway):
+            one.pause()
+            self._later(duration_s, duration_s, one.resume)
+        self.house.start_shard(self.house.numbers[process], is_kept=False)
+        return True
+
+    def _cut_all(self, one: Process, other: Process) -> None:
+        for end in self._wires.between(one, other):
+            end.cut()
+
+    def _kill_gateway(self) -> bool:
+        process = self._pick([gateway.process for gateway in self.house.gateways])
+        if process is not None:
+            process.kill()
+        return process is not None
+
+    def _pause_gateway(self) -> bool:
+        return self._pause(self._pick([gateway.process for gateway in self.house.gateways]))
+
+    def _pause(self, process: Process | None) -> bool:
+        if process is None:
+            return False
+        process.pause()
+        longest_s = self._random.choice((0.5, 2, 5, 30))
+        self._later(longest_s / 2, longest_s, process.resume)
+        return True
+
+    # The network
+
+    def _cut_link(self) -> bool:
+        links = [end for end in self._wires.connections if end.is_open and end.process is not self.people]
+        if links:
+            self._random.choice(links).cut(self._random.choice((0, 0, 300_000)))
+        return bool(links)
+
+    def _silence_link(self) -> bool:
+        links = [end for end in self._wires.connections if end.is_open and end.process is not self.people]
+        if links:
+            end = self._random.choice(links)
+            end.hold()
+            self._later(0.2, 4, end.release)
+        return bool(links)
+
+    def _cut_client(self) -> bool:
+        ends = [end for end in self._wires.connections if end.is_open and end.process is self.people]
+        if ends:
+            self._random.choice(ends).cut(self._random.choice((0, 0, 300_000)))
+        return bool(ends)
+
+    def _slow_network(self) -> bool:
+        self._wires.delay_us = (50, self._random.choice((10_000, 100_000)))
+        self._later(0.5, 3, setattr, self._wires, "delay_us", (50, 2_000))
+        return True
+
+    # Postgres
+
+    def _crash_database(self) -> bool:
+        return self._end_database(self.house.postgres.crash)
+
+    def _cut_power(self) -> bool:
+        return self._end_database(self.house.postgres.power_cut)
+
+    def _end_database(self, end: Callable[[], None]) -> bool:
+        postgres = self.house.postgres
+        if not postgres.is_up:
+            return False
+        end()
+        self._later(0.2, self._random.choice((0.5, 3, 12)), postgres.start)
+        return True
+
+    def _lose_database(self) -> bool:
+        postgres = self.house.postgres
+        if postgres.is_away:
+            return False
+        postgres.go_away()
+        self._later(0.2, self._random.choice((1, 4, 12)), postgres.come_back)
+        return True
+
+    def _part_from_database(self) -> bool:
+        process = self._pick(self.house.living())
+        if process is not None:
+            self._lose_database_for(process, self._random.choice((0.4, 1.5, 6)))
+        return process is not None
+
+    def _cut_everything(self) -> bool:
+        """All links break at once, and Postgres is away: what was done cannot be asked for."""
+        for end in list(self._wires.connections):
+            if end.is_open and end.process is not self.people:
+                end.cut()
+        return self._lose_database()
+
+    def _lose_database_for(self, process: Process, duration_s: float) -> None:
+        self.house.postgres.go_away(process)
+        self._later(duration_s, duration_s, self.house.postgres.come_back, process)
+
+    def _cut_connection(self) -> bool:
+        sessions = list(self.house.postgres.sessions.values())
+        if sessions:
+            moments: list[Literal["now", "request", "reply"]] = ["now", "request", "reply"]
+            self.house.postgres.break_connection(self._random.choice(sessions), self._random.choice(moments))
+        return bool(sessions)
+
+    def _cut_write(self) -> bool:
+        """The writer's connection breaks, while what it has sent is on its way and takes its time."""
+        postgres = self.house.postgres
+        writers = [session for session in postgres.sessions.values() if session.name.startswith("gavel shard")]
+        if writers:
+            postgres.slow_execution_us = (2_000, 30_000)
+            self._slow_database_for(0.1, 1.0)
+            self._later(0.1, 0.1, setattr, postgres, "slow_execution_us", (5_000, 3_000_000))
+            self._later(0.003, 0.04, postgres.break_connection, self._random.choice(writers))
+        return bool(writers)
+
+    def _slow_database(self) -> bool:
+        self._slow_database_for(self._random.uniform(0.5, 4), self._random.choice((0.05, 0.3)))
+        return True
+
+    def _slow_database_for(self, duration_s: float, chance: float) -> None:
+        postgres = self.house.postgres
+        postgres.slow_chance = chance
+        self._later(duration_s, duration_s, setattr, postgres, "slow_chance", 0.002)
+
+    def _jump_database_clock(self) -> bool:
+        self.house.postgres.jump_clock(self._random.choice((-800, -50, 50, 800)))
+        return True
+
+    # Clocks
+
+    def _jump_and_replace(self) -> bool:
+        """Postgres's clock jumps so far that an owner that lives seems silent; for a moment there are two of them."""
+        process = self._pick([process for process in self.house.shards if process in self.house.running])
+        gateway = self._pick([gateway.process for gateway in self.house.gateways])
+        if process is None or gateway is None or self._has_jumped:
+            return False
+        self._has_jumped = True
+        self.house.start_shard(self.house.numbers[process], is_kept=False)
+        self.world.after(SECOND_US // 2, self.house.postgres.jump_clock, 3_000)
+        self._later(0.52, 0.62, self._cut_all, process, gateway)
+        return True
+
+    def _jump_clock(self) -> bool:
+        process = self._pick(self.house.living())
+        if process is not None:
+            process.jump(self._random.choice((20, 400)) * 1_000_000)
+        return process is not None
+
+    def _drift(self) -> bool:
+        process = self._pick(self.house.living())
+        if process is not None:
+            process.set_drift(self._random.choice((-20_000, -500, 500, 20_000)))
+        return process is not None
