@@ -49,6 +49,7 @@ class Postgres:
 
     async def pool(self) -> asyncpg.Pool:
         """See `Database`."""
+        is_said = False
         while True:
             try:
                 return await asyncpg.create_pool(
@@ -56,10 +57,15 @@ class Postgres:
                     min_size=1,
                     max_size=self._readers,
                     command_timeout=DATABASE_TIMEOUT_MS / SECOND_MS,
+                    timeout=WRITE_TIMEOUT_MS / SECOND_MS,
                     server_settings={"application_name": "gavel", **_JIT},
                 )
-            except (OSError, asyncpg.CannotConnectNowError, asyncpg.TooManyConnectionsError) as error:
-                logger.warning("Postgres cannot be reached: %s", error)
+            except ERRORS as error:
+                if not is_passing(error):
+                    raise
+                # Said once: it may take an hour.
+                logger.log(logging.DEBUG if is_said else logging.WARNING, "Postgres cannot be reached: %s", error)
+                is_said = True
                 await asyncio.sleep(_CONNECT_RETRY_S)
 
     async def connect(self, name: str) -> asyncpg.Connection:

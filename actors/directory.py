@@ -16,13 +16,13 @@ from zlib import crc32
 import asyncpg
 
 from actors.database import ERRORS, is_passing
-from actors.journal import end_session
-from engine.limits import OWNER_SILENT_MS, SECOND_MS, SLOTS, TAKEOVER_TIMEOUT_MS
+from actors.journal import past_old_session
+from engine.limits import OWNER_SILENT_MS, SECOND_MS, SLOTS, WRITE_TIMEOUT_MS
 
 logger = logging.getLogger(__name__)
 
 _CLAIM_INTERVAL_S: Final = 0.1
-_TIMEOUT_S: Final = TAKEOVER_TIMEOUT_MS / SECOND_MS
+_TIMEOUT_S: Final = WRITE_TIMEOUT_MS / SECOND_MS
 
 
 def slot_of(entity_id: UUID) -> int:
@@ -47,7 +47,7 @@ class Taken(NamedTuple):
 
 
 # Slots are dealt out in turn. When they are dealt anew every shard's epoch is raised: nobody serves an old deal. An
-# auction may then find itself on a shard that never lived, so all of them lived as long as any.
+# auction may then find itself on a shard that owes it nothing, so all of them owe as much as the one that owes most.
 _LAY_OUT = """
 WITH dealt AS (
     INSERT INTO slots SELECT slot, slot % $1 FROM generate_series(0, $2 - 1) AS slot
@@ -56,10 +56,13 @@ WITH dealt AS (
 )
 SELECT count(*) FROM dealt"""
 _ADD_SHARDS = "INSERT INTO shards (shard_id) SELECT generate_series(0, $1 - 1) ON CONFLICT DO NOTHING"
+_DEBT = """
+SELECT min(coalesce(down_at, alive_at)) FROM shards
+WHERE alive_at > '-infinity' AND shard_id IN (SELECT shard_id FROM slots)"""
 _FENCE_ALL = """
 UPDATE shards
-SET epoch = epoch + 1, address = NULL, owner = NULL,
-    (alive_at, down_at) = (SELECT max(alive_at), max(down_at) FROM shards)"""
+SET epoch = epoch + 1, address = NULL, owner = NULL, down_at = $1,
+    alive_at = coalesce($1::timestamptz, '-infinity')"""
 _SLOTS = "SELECT shard_id FROM slots ORDER BY slot"
 _OWNERS = "SELECT shard_id, epoch, address FROM shards WHERE shard_id IN (SELECT shard_id FROM slots)"
 _OWNER = """
@@ -86,8 +89,9 @@ class Directory:
         """Deal the slots to this many shards. Only while no shard runs: any that does is fenced."""
         async with self._pool.acquire() as connection, connection.transaction():
             await connection.execute(_ADD_SHARDS, shards)
+            debt = await connection.fetchval(_DEBT)
             if await connection.fetchval(_LAY_OUT, shards, SLOTS):
-                await connection.execute(_FENCE_ALL)
+                await connection.execute(_FENCE_ALL, debt)
 
     async def slots(self) -> list[int]:
         """The shard of each slot."""
@@ -133,11 +137,8 @@ class Directory:
 
     async def _try(self, shard: int, epoch: int, owner: UUID, backend_pid: int) -> Taken | None:
         """Take over from this epoch; None if that did not succeed, or nobody knows."""
-        try:
-            row = await self._pool.fetchrow(_TAKE_OVER, shard, epoch, owner, backend_pid, timeout=_TIMEOUT_S)
-        except TimeoutError:
-            await end_session(self._pool, shard, backend_pid)
-            return None
+        taking = self._pool.fetchrow(_TAKE_OVER, shard, epoch, owner, backend_pid, timeout=_TIMEOUT_S)
+        row = await past_old_session(taking, self._pool, shard, backend_pid)
         return None if row is None else Taken(*row)
 
     async def announce(self, shard: int, owner: UUID, address: str) -> bool:

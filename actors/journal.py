@@ -10,9 +10,11 @@ A write that was not taken, or of which nobody knows, is settled: under a new ep
 its way under the old one, the journal says what it holds, and gets what it lacks.
 """
 
+import asyncio
+import contextlib
 import logging
-from collections.abc import Sequence
-from typing import Final, NamedTuple, Protocol
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from typing import Final, NamedTuple, Protocol, TypeVar
 from uuid import UUID
 
 import asyncpg
@@ -24,6 +26,7 @@ from engine.limits import (
     RESUME_EVENTS_MAX,
     SECOND_MS,
     TAKEOVER_TIMEOUT_MS,
+    WRITE_ROWS_PER_MS,
     WRITE_TIMEOUT_MS,
 )
 
@@ -31,7 +34,9 @@ logger = logging.getLogger(__name__)
 
 _READ_TIMEOUT_S: Final = DATABASE_TIMEOUT_MS / SECOND_MS
 _WRITE_TIMEOUT_S: Final = WRITE_TIMEOUT_MS / SECOND_MS
-_RAISE_TIMEOUT_S: Final = TAKEOVER_TIMEOUT_MS / SECOND_MS
+_CLAIM_PATIENCE_S: Final = TAKEOVER_TIMEOUT_MS / SECOND_MS
+
+T = TypeVar("T")
 
 
 class Fenced(Exception):
@@ -211,7 +216,7 @@ JOIN journal USING (entity_id, seq, hash)"""
 # A number may by now be another session's: only one that goes by this shard's name is ended, and not our own.
 _END_SESSION = """
 SELECT pg_terminate_backend(pid) FROM shards JOIN pg_stat_activity ON pid = backend_pid
-WHERE shard_id = $1 AND application_name = $2 AND pid <> $3"""
+WHERE shard_id = $1 AND application_name = $2 AND datname = current_database() AND pid <> $3"""
 _LOAD_SNAPSHOT = """
 SELECT entity_id, seq, hash, last_at, version, body FROM snapshots WHERE entity_id = $1 AND version = $2"""
 SELECT_ROWS = """
@@ -269,11 +274,11 @@ class PostgresJournal:
         if entities or hidden or paid_until is not None:
             columns += _columns(entities, len(EntityRow._fields)) + _columns(hidden, 4)
             if paid_until is not None:
-                appended, *life = await self._write(_PAY_BACK, *columns, paid_until)
+                appended, *life = await self._write(_PAY_BACK, *columns, paid_until, rows=len(rows))
             else:
-                appended, *life = await self._write(_APPEND_ALL, *columns)
+                appended, *life = await self._write(_APPEND_ALL, *columns, rows=len(rows))
         else:
-            appended, *life = await self._write(_APPEND_EVENTS, *columns)
+            appended, *life = await self._write(_APPEND_EVENTS, *columns, rows=len(rows))
         assert appended == len(rows), "a statement stores all or nothing"
         return Life(*life)
 
@@ -309,13 +314,9 @@ class PostgresJournal:
 
     async def _raise(self) -> Life:
         """Begin a new epoch, if this process still owns the shard, whatever holds its row."""
-        try:
-            found = await self._writer.fetchrow(
-                _RAISE, self._shard, self._owner, self._writer.get_server_pid(), timeout=_RAISE_TIMEOUT_S
-            )
-        except TimeoutError:
-            await end_session(self._readers, self._shard, self._writer.get_server_pid())
-            raise
+        own_pid = self._writer.get_server_pid()
+        raising = self._writer.fetchrow(_RAISE, self._shard, self._owner, own_pid, timeout=_WRITE_TIMEOUT_S)
+        found = await past_old_session(raising, self._readers, self._shard, own_pid)
         if found is None:
             raise Fenced
         self.epoch, *life = found
@@ -323,49 +324,50 @@ class PostgresJournal:
 
     async def load(self, entity_id: UUID, snapshot_version: int) -> Loaded:
         """See `Journal`."""
-        try:
-            async with self._readers.acquire(timeout=_READ_TIMEOUT_S) as connection:
-                found = await connection.fetchrow(_LOAD_SNAPSHOT, entity_id, snapshot_version)
-                snapshot = None if found is None else SnapshotRow(*found)
-                after = 0 if snapshot is None else max(0, snapshot.seq - RESUME_EVENTS_MAX)
-                rows = await connection.fetch(_LOAD_ROWS, entity_id, after)
-                # An id under which nothing happened is cheap, so that asking for such ids costs others little.
-                commands = await connection.fetch(_LOAD_COMMANDS, entity_id) if rows or snapshot else []
-        except ERRORS as error:
-            raise Unreadable(str(error)) from error
+        async with self._reading() as connection:
+            found = await connection.fetchrow(_LOAD_SNAPSHOT, entity_id, snapshot_version)
+            snapshot = None if found is None else SnapshotRow(*found)
+            after = 0 if snapshot is None else max(0, snapshot.seq - RESUME_EVENTS_MAX)
+            rows = await connection.fetch(_LOAD_ROWS, entity_id, after)
+            # An id under which nothing happened is cheap, so that asking for such ids costs others little.
+            commands = await connection.fetch(_LOAD_COMMANDS, entity_id) if rows or snapshot else []
         return Loaded(snapshot, [row_of(row) for row in rows], [(command_id, seq) for command_id, seq in commands])
 
     async def read(self, entity_id: UUID, seq: int) -> Row | None:
         """See `Journal`."""
-        try:
-            found = await self._readers.fetchrow(_READ, entity_id, seq)
-        except ERRORS as error:
-            raise Unreadable(str(error)) from error
+        async with self._reading() as connection:
+            found = await connection.fetchrow(_READ, entity_id, seq)
         return None if found is None else row_of(found)
 
     async def deadlines(self) -> list[tuple[UUID, int]]:
         """See `Journal`."""
-        try:
-            return [(entity_id, due_at) for entity_id, due_at in await self._readers.fetch(_DEADLINES, self._shard)]
-        except ERRORS as error:
-            raise Unreadable(str(error)) from error
+        async with self._reading() as connection:
+            return [(entity_id, due_at) for entity_id, due_at in await connection.fetch(_DEADLINES, self._shard)]
 
     async def closing(self, before: int) -> list[UUID]:
         """See `Journal`."""
-        try:
-            return [entity_id for (entity_id,) in await self._readers.fetch(_CLOSING, self._shard, before)]
-        except ERRORS as error:
-            raise Unreadable(str(error)) from error
+        async with self._reading() as connection:
+            return [entity_id for (entity_id,) in await connection.fetch(_CLOSING, self._shard, before)]
 
     async def close(self) -> None:
         """Close the connection on which it writes."""
         await self._writer.close()
 
-    async def _write(self, statement: str, *arguments: object) -> asyncpg.Record:
+    @contextlib.asynccontextmanager
+    async def _reading(self) -> AsyncIterator[asyncpg.pool.PoolConnectionProxy]:
+        """A connection for reading. What the driver raises is translated here, once; what is broken stays an error."""
         try:
-            found = await self._writer.fetchrow(
-                statement, self._shard, self.epoch, *arguments, timeout=_WRITE_TIMEOUT_S
-            )
+            async with self._readers.acquire(timeout=_READ_TIMEOUT_S) as connection:
+                yield connection
+        except ERRORS as error:
+            if not is_passing(error):
+                raise
+            raise Unreadable(f"{type(error).__name__}: {error}") from error
+
+    async def _write(self, statement: str, *arguments: object, rows: int = 0) -> asyncpg.Record:
+        timeout = _WRITE_TIMEOUT_S + rows / WRITE_ROWS_PER_MS / SECOND_MS
+        try:
+            found = await self._writer.fetchrow(statement, self._shard, self.epoch, *arguments, timeout=timeout)
         except ERRORS as error:
             raise _translated(error) from error
         if found is None:
@@ -383,7 +385,23 @@ def _translated(error: Exception) -> Unsettled | Refused:
     return Unsettled(sentence) if is_passing(error) else Refused(sentence)
 
 
+async def past_old_session(claim: Coroutine[None, None, T], pool: asyncpg.Pool, shard: int, own_pid: int) -> T:
+    """Wait for a statement that claims a shard's row, and end the last session that wrote the shard if that takes long.
+
+    It holds the lock, and nobody may be there to let it go.
+    """
+    claiming = asyncio.get_running_loop().create_task(claim)
+    try:
+        await asyncio.wait([claiming], timeout=_CLAIM_PATIENCE_S)
+        if not claiming.done():
+            with contextlib.suppress(*ERRORS):
+                await end_session(pool, shard, own_pid)
+        return await claiming
+    finally:
+        claiming.cancel()
+
+
 async def end_session(pool: asyncpg.Pool, shard: int, own_pid: int) -> None:
-    """End the session in which a shard was written so far: it holds the lock, and nobody may be there to let it go."""
+    """End the session in which a shard was written last, unless it is `own_pid`'s."""
     logger.warning("the last session that wrote shard %d holds its row: it is ended", shard)
-    await pool.execute(_END_SESSION, shard, session_name(shard), own_pid)
+    await pool.execute(_END_SESSION, shard, session_name(shard), own_pid, timeout=_WRITE_TIMEOUT_S)

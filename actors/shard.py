@@ -12,7 +12,7 @@ Plain asyncio: clock, journal, outlets and the way to die are injected.
 
 import asyncio
 import logging
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from heapq import nsmallest
 from itertools import islice
@@ -68,6 +68,7 @@ from engine.limits import (
     OUTAGE_MS,
     READ_AHEAD_MS,
     READ_AT_ONCE,
+    READ_TRIES,
     SECOND_MS,
     SETTLE_RETRY_MS,
     SHARD_LINE_MAX,
@@ -163,6 +164,8 @@ class Shard:
         self._is_away = True
         self._alive_at = 0
         """The last sign of life, by Postgres's clock."""
+        self._signed_at = 0
+        """The same by our own, as it was when the write began."""
         self._back_at = 0
         """When the last outage was over. What waited meanwhile was taken up then: it was not to be lost by it."""
         self._is_sign_wanted = False
@@ -184,11 +187,11 @@ class Shard:
         """
         for entity_id, due in await self._journal.deadlines():
             self._deadlines.set(entity_id, due)
+        self._signed_at = self._clock()
         await self._come_back(down_at)
         self._run(self._write())
         self._run(self._keep_alive())
         self._run(self._put_to_sleep())
-        self._arm()
 
     async def stop(self) -> None:
         """Take no more, commit and answer what was taken, and keep a snapshot of what is awake."""
@@ -218,7 +221,8 @@ class Shard:
                 refused.append(Answered(request.request, refusal))
             else:
                 self._line += 1
-                if entity is not None and entity_id not in self._waking and not _is_due(entity, now):
+                is_ready = entity is not None and entity_id not in self._waking and not _is_due(entity, now)
+                if entity is not None and is_ready and now - self._signed_at <= OUTAGE_MS:
                     self._guard(entity, request, outlet, now)
                 else:
                     self._wake(entity_id).append(_Waiting(outlet, request, now))
@@ -253,7 +257,8 @@ class Shard:
 
     def _take_unsubscribe(self, entity_id: UUID, waiting: _Waiting) -> None:
         """Never refused, and nobody is woken for it; but it stays behind a subscription that waits."""
-        if entity_id in self._waking:
+        line = self._waking.get(entity_id, ())
+        if any(one.outlet is waiting.outlet and isinstance(one.request.payload, Subscribe) for one in line):
             self._line += 1
             self._waking[entity_id].append(waiting)
         else:
@@ -416,18 +421,24 @@ class Shard:
     async def _make_ready(self, entity_id: UUID, waiting: deque[_Waiting]) -> None:
         try:
             entity = await self._reading(entity_id)
-        except Exception as error:
-            # Unreadable for now or for ever: whoever waits is told, and this auction alone is out of service.
+        except Unreadable as error:
+            logger.warning("the auction %s cannot be read now: %s", entity_id, error)
+            self._refuse_waiting(entity_id, UNAVAILABLE)
+            return
+        except Exception:
+            # For ever, perhaps: whoever waits is told, and this auction alone is out of service.
             logger.exception("the auction %s could not be read", entity_id)
-            self._refuse_waiting(entity_id, UNAVAILABLE if isinstance(error, Unreadable) else INTERNAL)
+            self._refuse_waiting(entity_id, INTERNAL)
             return
         # Each request comes after what was due when it was taken up, and before what was not.
         while True:
             moment = max(waiting[0].taken_at if waiting else self._clock(), entity.last_at, self._back_at)
             due = None if entity.state is None else due_at(entity.state)
             is_due = due is not None and due <= moment
-            if self._is_away or (due is not None and self._alive_at < due <= moment):
-                await self._signed(due)
+            # After a gap in the signs of life nothing is decided either: time may be owed.
+            is_gap = self._clock() - self._signed_at > OUTAGE_MS
+            if self._is_away or is_gap or (due is not None and self._alive_at < due <= moment):
+                await self._signed(due if is_due else None)
             elif is_due:
                 self._execute_due(entity, moment)
             elif waiting:
@@ -440,8 +451,8 @@ class Shard:
         if entity.state is None:
             # Nothing is known under this id: asking for it again and again must not fill the memory.
             del self._awake[entity_id]
-        elif len(self._awake) > AWAKE_MAX:
-            self._sleep(nsmallest(AWAKE_MAX // 10, self._awake.values(), key=lambda one: one.used_at))
+        else:
+            self._make_room()
         self._work.set()
 
     def _execute_due(self, entity: Entity, now: int) -> None:
@@ -510,6 +521,8 @@ class Shard:
             self._timer = asyncio.get_running_loop().call_later(delay_s, self._fire)
 
     def _fire(self) -> None:
+        if self._is_away:
+            return  # Armed again on return.
         for entity_id in self._deadlines.pop_due(self._clock()):
             self._overdue.add(entity_id)
             self._wake(entity_id)
@@ -528,6 +541,12 @@ class Shard:
         """
         if not self._is_away:
             self._sleep([entity for entity in self._awake.values() if entity.used_at <= before])
+
+    def _make_room(self) -> None:
+        """Put the longest unused to sleep, some more than must be, so that this is seldom done."""
+        too_many = len(self._awake) - AWAKE_MAX
+        if too_many > 0:
+            self._sleep(nsmallest(too_many + AWAKE_MAX // 10, self._awake.values(), key=lambda one: one.used_at))
 
     def _sleep(self, entities: Iterable[Entity]) -> None:
         for entity in entities:
@@ -562,6 +581,7 @@ class Shard:
         rows, entities = turn.rows, list(turn.entities.values())
         # Whoever asks for a sign from now on may need a later one.
         self._is_sign_wanted = False
+        signed_at = self._clock()
         try:
             if rows or turn.paid_until is not None:
                 life = await self._journal.append(rows, entities, turn.paid_until)
@@ -573,6 +593,7 @@ class Shard:
             self._die(f"the journal did not take a write: {error}")
         self._release(turn)
         self._alive_at = life.alive_at
+        self._signed_at = signed_at
         self._sign.set()
         self._sign = asyncio.Event()
         return life.down_at
@@ -594,49 +615,69 @@ class Shard:
 
     async def _come_back(self, down_at: int | None) -> None:
         """Pay back what is owed since `down_at`, and serve."""
+        took_ms = 0
         while down_at is not None:
             self._is_away = True
             await self._read_closing()
-            # Postgres's clock may have jumped ahead of ours; then paying up to ours would never be enough.
-            now = max(self._clock(), self._alive_at)
-            if now - down_at > OUTAGE_MS:
-                logger.warning("no bid could be placed for %d ms: the time is given back", now - down_at)
-                self._back_at = now
+            begun = self._now()
+            # If there was so much to pay that storing it took long, the time that it will take again is paid, too.
+            back = begun + 2 * took_ms
+            if back - down_at > OUTAGE_MS:
+                logger.warning("no bid could be placed for %d ms: the time is given back", back - down_at)
+                self._back_at = back
                 for entity in self._awake.values():
-                    self._pay_back(entity, down_at, now)
+                    self._pay_back(entity, down_at, back)
             turn = self._next_turn()
-            turn.paid_until = now
+            turn.paid_until = back
             down_at = await self._commit(turn)
+            took_ms = self._now() - begun
         if self._is_away:
             self._is_away = False
+            self._make_room()
             self._arm()
+
+    def _now(self) -> int:
+        """The time, also where Postgres's clock, by which outages begin, has jumped ahead of ours."""
+        return max(self._clock(), self._alive_at)
 
     async def _read_closing(self) -> None:
         """Wake all auctions to which an outage may owe time, and go on giving signs of life."""
         until = 0
+        tries: Counter[UUID] = Counter()
         # While they are read more of them come near to their ends.
-        while until <= self._clock():
-            until = self._clock() + READ_AHEAD_MS
+        while until <= self._now():
+            until = self._now() + READ_AHEAD_MS
+            unreadable: list[UUID] = []
             try:
-                asleep = [one for one in await self._journal.closing(until) if one not in self._awake]
+                closing = await self._journal.closing(until)
+                asleep = [one for one in closing if one not in self._awake and tries[one] < READ_TRIES]
                 for first in range(0, len(asleep), READ_AT_ONCE):
-                    await self._read_batch(asleep[first : first + READ_AT_ONCE])
+                    unreadable += await self._read_batch(asleep[first : first + READ_AT_ONCE])
             except Unreadable as error:
                 logger.debug("the journal cannot be read: %s", error)
                 until = 0
+            tries.update(unreadable)
+            if any(tries[one] < READ_TRIES for one in unreadable):
+                until = 0
+            if until == 0:
                 await asyncio.sleep(SETTLE_RETRY_MS / SECOND_MS)
 
-    async def _read_batch(self, batch: Sequence[UUID]) -> None:
-        """Wake some auctions, and show that the shard lives. Raises `Unreadable`; what is broken is left out."""
+    async def _read_batch(self, batch: Sequence[UUID]) -> list[UUID]:
+        """Wake some auctions, and show that the shard lives; which of them could not be read now.
+
+        One that never can be is left out: it is out of service alone.
+        """
         readings = [self._reading(entity_id) for entity_id in batch]
         await asyncio.wait(readings)
+        unreadable = []
         for entity_id, reading in zip(batch, readings, strict=True):
             failure = reading.exception()
             if isinstance(failure, Unreadable):
-                raise failure
+                unreadable.append(entity_id)
             if failure is not None:
-                logger.error("the auction %s could not be read", entity_id, exc_info=failure)
+                logger.error("the auction %s could not be read: %r", entity_id, failure)
         await self._commit(self._next_turn())
+        return unreadable
 
     def _pay_back(self, entity: Entity, down_at: int, now: int) -> None:
         """Give an auction back the time that it lost; one that was to open meanwhile opens now."""
@@ -697,16 +738,17 @@ class Shard:
         rows = list(islice(self._unsaved.values(), SNAPSHOTS_AT_ONCE))
         if not rows:
             return
+        down_at = None
         try:
             await self._journal.save_snapshots(rows)
         except Unsettled as error:
-            life = await self._settle(_Turn(0), error)
-            await self._come_back(life.down_at)
+            down_at = (await self._settle(_Turn(0), error)).down_at
         except Refused as error:
             self._die(f"the journal did not take a snapshot: {error}")
-        else:
-            for row in rows:
-                del self._unsaved[row.entity_id]
+        # They only save time: what did not succeed is not tried again. Until now a stop has waited for it.
+        for row in rows:
+            del self._unsaved[row.entity_id]
+        await self._come_back(down_at)
         if self._unsaved:
             self._work.set()
 

@@ -89,11 +89,15 @@ ALIVE_MS = 500
 OWNER_SILENT_MS = 2 * SECOND_MS
 WRITE_TIMEOUT_MS = 2 * SECOND_MS
 """A write that is not answered for so long may have been done or not: the outcome is settled."""
+WRITE_ROWS_PER_MS = 10
+"""A large write is given more time."""
 TAKEOVER_TIMEOUT_MS = SECOND_MS // 2
 """A takeover that waits longer ends the session of the old owner, which holds the lock."""
 SETTLE_RETRY_MS = 100
 READ_AT_ONCE = 50
 """Auctions that are read at the same time after an outage, between two signs of life."""
+READ_TRIES = 3
+"""After so many an auction that cannot be read holds up its shard's return no longer."""
 READ_AHEAD_MS = 10 * SECOND_MS
 """So much nearer to its end an auction may come while all of these are read."""
 BUSY_RETRY_MS = 250

@@ -1,9 +1,13 @@
-"""Which errors of the database leave it open whether a statement was done."""
+"""Which errors of the database leave it open whether a statement was done, and who waits for it."""
+
+import logging
+from typing import cast
 
 import asyncpg
 import pytest
 
-from actors.database import ERRORS, is_passing
+from actors import database
+from actors.database import ERRORS, Postgres, is_passing
 
 
 @pytest.mark.parametrize(
@@ -50,3 +54,38 @@ def test_what_passes(error: Exception) -> None:
 def test_what_stays(error: Exception) -> None:
     assert isinstance(error, ERRORS)
     assert not is_passing(error)
+
+
+async def test_whoever_wants_a_pool_waits_for_whatever_passes_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    errors = [
+        ConnectionRefusedError(),
+        TimeoutError(),
+        asyncpg.CannotConnectNowError("the database system is starting up"),
+        asyncpg.TooManyConnectionsError("sorry, too many clients already"),
+        asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation"),
+        asyncpg.AdminShutdownError("terminating connection due to administrator command"),
+    ]
+    waiting = list(errors)
+    pool = cast("asyncpg.Pool", object())
+
+    async def create_pool(*_arguments: object, **_named: object) -> asyncpg.Pool:
+        if waiting:
+            raise waiting.pop(0)
+        return pool
+
+    monkeypatch.setattr(asyncpg, "create_pool", create_pool)
+    monkeypatch.setattr(database, "_CONNECT_RETRY_S", 0)
+    with caplog.at_level(logging.DEBUG, logger=database.logger.name):
+        assert await Postgres("").pool() is pool
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] + [logging.DEBUG] * (len(errors) - 1)
+
+
+async def test_whoever_wants_a_pool_does_not_wait_for_what_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def create_pool(*_arguments: object, **_named: object) -> asyncpg.Pool:
+        raise asyncpg.InvalidPasswordError("password authentication failed")
+
+    monkeypatch.setattr(asyncpg, "create_pool", create_pool)
+    with pytest.raises(asyncpg.InvalidPasswordError):
+        await Postgres("").pool()

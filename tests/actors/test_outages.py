@@ -2,18 +2,19 @@
 
 import asyncio
 import random
+from collections.abc import Sequence
 from uuid import UUID
 
 import pytest
 
 from actors import shard
 from actors.directory import slot_of
-from actors.journal import Unreadable
+from actors.journal import EntityRow, Life, Row, Unreadable
 from actors.memory import MemoryStore
 from actors.messages import Answered, GetAuction, Subscribe, Unsubscribe
 from engine.commands import SoftClose
 from engine.events import Extended, decode
-from engine.limits import OUTAGE_MS, READ_AHEAD_MS, SLOTS
+from engine.limits import OUTAGE_MS, READ_AHEAD_MS, READ_TRIES, SLOTS
 from engine.rejections import Rejection
 from tests.engine.support import ANNA, AUCTION, BEN, CLEO, END, NOW, SOFT_CLOSE
 from tests.support.shards import House, Recorder, Start, accepted, bid, code, kinds, listed, opening, seqs, viewed
@@ -206,17 +207,30 @@ async def test_what_is_read_for_somebody_is_not_read_again_to_be_paid_back(house
     assert kinds(house.store) == ["opened", "extended", "bid_placed"]
 
 
-async def test_snapshots_are_kept_over_an_outage(house: House) -> None:
+async def test_snapshots_that_an_outage_kept_from_being_saved_are_done_without(house: House) -> None:
+    """They only save time, and what could not be saved once may never be: it must not be an outage again and again."""
     await house.ask(bid(ANNA, 1_000))
     house.journal.is_away = True
     house.shard.sleep_idle(house.now)
     await turns(lambda: house.shard._is_away)
-    assert house.store.snapshots == {}
     await find_journal(house)
-    await turns(lambda: AUCTION in house.store.snapshots)
-    assert house.store.snapshots[AUCTION].seq == 2
-    await turns(lambda: not house.shard._unsaved)
+    await house.at_rest()
+    assert not house.shard._unsaved
+    assert house.journal.log.count("save 1") == 1
+    assert house.store.snapshots == {}
+    assert accepted(await house.ask(bid(BEN, 2_000))).seq == 3
     assert house.deaths == []
+
+
+async def test_of_a_snapshot_that_could_not_be_saved_a_newer_one_is_saved(house: House) -> None:
+    await house.ask(bid(ANNA, 1_000))
+    house.journal.is_away = True
+    house.shard.sleep_idle(house.now)
+    await turns(lambda: house.shard._is_away)
+    await find_journal(house)
+    await house.ask(bid(BEN, 2_000))
+    await house.put_to_sleep()
+    assert house.store.snapshots[AUCTION].seq == 3
 
 
 async def test_nobody_is_put_to_sleep_while_it_is_away(house: House) -> None:
@@ -285,6 +299,22 @@ async def test_no_deadline_is_executed_while_it_is_away(house: House) -> None:
     house.shard._fire()
     await watcher.events(4)
     assert kinds(house.store) == ["opened", "extended", "bid_placed", "ended"]
+
+
+async def test_deadlines_are_armed_again_when_it_is_back(house: House) -> None:
+    await house.ask(opening(OTHER, end_time=NOW + 100_000))
+    house.now = NOW + 20_000
+    await lose_journal(house)
+    loads = len(house.journal.loads)
+    house.now = NOW + 100_000
+    house.shard._fire()
+    await quiet()
+    # Nobody is woken for it, and it is not forgotten.
+    assert house.shard._waking == {}
+    assert house.shard._overdue == set()
+    assert len(house.journal.loads) == loads
+    await find_journal(house)
+    await until(lambda: kinds(house.store, OTHER) == ["opened", "ended"])
 
 
 async def test_whoever_wakes_after_a_deadline_does_not_execute_it_but_moves_it(house: House) -> None:
@@ -542,18 +572,67 @@ async def test_each_outage_of_several_is_paid_back(house: House, start: Start) -
     assert len(extensions(house.store)) == 3
 
 
-async def test_bids_that_were_decided_before_it_noticed_stand_before_the_payment(house: House) -> None:
+async def test_bids_that_were_decided_before_the_outage_stand_before_the_payment(house: House) -> None:
     house.now = END - 10_000
     await house.ask(GET)
-    house.be_out(END - 5_000)
+    house.journal.hold()
+    house.be_out(END - 10_000 + OUTAGE_MS)
     outlet = Recorder()
-    numbers = house.take(outlet, bid(ANNA, 1_000), bid(BEN, 2_000, bid_id=2))
-    answers = [accepted(await outlet.answer(number)) for number in numbers]
+    (number,) = house.take(outlet, bid(ANNA, 1_000))
+    await turns(lambda: [row.kind for row in house.journal.appends[-1]] == ["bid_placed"])
+    house.be_out(END - 5_000)
+    house.journal.let_go()
+    answer = accepted(await outlet.answer(number))
+    assert (answer.seq, answer.at, answer.end_time) == (2, END - 10_000 + OUTAGE_MS, END)
+    await turns(lambda: extensions(house.store) == [(END - 5_000, END + 5_000, None)])
+    assert kinds(house.store) == ["opened", "bid_placed", "extended"]
+
+
+async def test_bids_that_come_after_a_gap_are_decided_when_the_time_has_been_given_back(start: Start) -> None:
+    """The process was stopped, and the first thing that it hears is a bid: an end is not to be moved twice."""
+    house = await start()
+    await house.ask(opening(soft_close=SoftClose(window_ms=30_000, extension_ms=25_000, max_extension_ms=600_000)))
+    house.now = END - 20_000
+    await house.ask(GET)
+    house.be_out(END - 10_000)
+    outlet = Recorder()
+    numbers = house.take(outlet, bid(ANNA, 1_000), bid(BEN, 2_000, bid_id=2), GET)
+    await quiet()
+    answers = [accepted(await outlet.answer(number)) for number in numbers[:2]]
+    # As much is left as was left, and then the bids' own time.
+    assert extensions(house.store) == [(END - 10_000, END + 10_000, END + 610_000)]
     assert [(answer.seq, answer.at, answer.end_time) for answer in answers] == [
-        (2, END - 5_000, END),
-        (3, END - 5_000, END),
+        (3, END - 10_000, END + 15_000),
+        (5, END - 10_000, END + 15_000),
     ]
-    await turns(lambda: kinds(house.store) == ["opened", "bid_placed", "bid_placed", "extended"])
+    assert kinds(house.store) == ["opened", "extended", "bid_placed", "extended", "bid_placed"]
+    assert viewed(await outlet.answer(numbers[2])).seq == 5
+    assert house.shard._line == 0
+
+
+@pytest.mark.parametrize("gap", [OUTAGE_MS, OUTAGE_MS + 1])
+async def test_after_a_gap_that_is_an_outage_nothing_is_decided_at_once(house: House, gap: int) -> None:
+    house.be_out(NOW + gap)
+    house.journal.hold()
+    outlet = Recorder()
+    (number,) = house.take(outlet, bid(ANNA, 1_000))
+    assert (house.shard._awake[AUCTION].seq == 1) == (gap > OUTAGE_MS)
+    house.journal.let_go()
+    # It takes a sign of life, and no time beside that.
+    await turns(lambda: number in outlet.answers)
+    answer = accepted(outlet.answers[number])
+    assert (answer.seq, answer.at) == (2, NOW + gap)
+
+
+async def test_a_gap_by_its_own_clock_alone_is_over_with_the_next_sign(house: House) -> None:
+    """The database's clock stood still meanwhile: nothing is owed, and it is in service all the same."""
+    house.store.clock = lambda: NOW
+    house.be_out(NOW + 30_000)
+    outlet = Recorder()
+    (number,) = house.take(outlet, bid(ANNA, 1_000))
+    await turns(lambda: number in outlet.answers)
+    assert accepted(outlet.answers[number]).seq == 2
+    assert house.journal.settled == []
 
 
 @pytest.mark.parametrize("lost", ["write", "reply"])
@@ -578,12 +657,36 @@ async def test_an_outage_goes_on_while_its_payment_cannot_be_stored(house: House
     beat(house)
     await turns(lambda: len(house.journal.appends) == appends + 1)
     assert [row.kind for row in house.journal.appends[-1]] == ["extended"]
-    house.be_out(END + 50_000)
+    house.be_out(END + 7_000)
     house.journal.let_go()
     await turns(lambda: not house.shard._is_away)
-    # The second one begins where the first was paid to.
-    assert extensions(house.store) == [(END + 5_000, END + 20_000, None), (END + 50_000, END + 95_000, None)]
+    # The second one begins where the first was paid to, and pays for twice as long as that took.
+    assert extensions(house.store) == [(END + 5_000, END + 20_000, None), (END + 11_000, END + 26_000, None)]
     assert house.store.shards[0].down_at is None
+
+
+@pytest.mark.parametrize("took", [OUTAGE_MS, 1_500, 2_500])
+async def test_a_payment_that_takes_long_to_store_comes_to_an_end(
+    house: House, monkeypatch: pytest.MonkeyPatch, took: int
+) -> None:
+    """Each one takes as long as the one before; time that is lost while it is stored is paid with it."""
+    house.now = END - 10_000
+    house.be_out(END + 5_000)
+    append = house.journal.append
+
+    async def append_slowly(rows: Sequence[Row], entities: Sequence[EntityRow], paid_until: int | None = None) -> Life:
+        house.be_out(house.now + took)
+        return await append(rows, entities, paid_until)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(house.journal, "append", append_slowly)
+        await notice(house)
+    first = (END + 5_000, END + 20_000, None)
+    back = END + 5_000 + took + 2 * took
+    second = (back, back + 15_000, None)
+    assert extensions(house.store) == ([first] if took == OUTAGE_MS else [first, second])
+    assert house.store.shards[0].down_at is None
+    assert accepted(await house.ask(bid(ANNA, 1_000))).seq == len(house.store.journal[AUCTION])
 
 
 async def test_who_dies_before_it_has_paid_leaves_the_debt_to_the_next(house: House, start: Start) -> None:
@@ -632,18 +735,64 @@ async def test_who_owes_to_many_reads_them_bit_by_bit_and_goes_on_living(
     assert [len(rows) for rows in second.journal.appends] == [5]
 
 
+async def test_when_it_is_back_no_more_stay_awake_than_may(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    house = await start()
+    auctions = [UUID(int=number) for number in range(5)]
+    await house.answers(*map(opening, auctions))
+    house.now = END - 10_000
+    await house.kill()
+    monkeypatch.setattr(shard, "AWAKE_MAX", 2)
+    second = await start(house.store, now=END)
+    assert all(extensions(second.store, auction) == [(END, END + 10_000, None)] for auction in auctions)
+    assert len(second.shard._awake) == 2
+
+
 async def test_one_that_cannot_be_read_for_now_is_waited_for(house: House) -> None:
     house.now = END - 10_000
     await house.kill()
     second = House(house.store, now=END)
     second.journal.load_errors[AUCTION] = Unreadable("away")
     starting = asyncio.create_task(second.start())
-    await until(lambda: len(second.journal.loads) >= 3)
+    await until(lambda: len(second.journal.loads) == READ_TRIES - 1)
     assert not starting.done()
     del second.journal.load_errors[AUCTION]
     await starting
     assert extensions(second.store) == [(END, END + 10_000, None)]
     await second.kill()
+
+
+async def test_one_that_cannot_be_read_again_and_again_holds_the_others_up_no_longer(
+    house: House, start: Start
+) -> None:
+    await house.ask(opening(OTHER))
+    house.now = END - 10_000
+    await house.kill()
+    second = House(house.store, now=END - 5_000)
+    second.journal.load_errors[AUCTION] = Unreadable("too large to be read in time")
+    await second.start()
+    assert second.journal.loads.count(AUCTION) == READ_TRIES
+    assert second.journal.loads.count(OTHER) == 1
+    assert extensions(second.store, OTHER) == [(END - 5_000, END + 5_000, None)]
+    assert code(await second.ask(GET)) == "unavailable"
+    assert accepted(await second.ask(bid(ANNA, 1_000, auction=OTHER))).seq == 3
+    # Nothing was decided about it.
+    assert kinds(second.store) == ["opened"]
+    await second.kill()
+
+
+async def test_what_cannot_be_read_now_is_one_line_and_what_is_broken_is_a_traceback(
+    house: House, start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While Postgres is away each request may meet it."""
+    second = await start(house.store)
+    second.journal.load_errors = {AUCTION: Unreadable("TimeoutError"), OTHER: ValueError("no reader")}
+    caplog.clear()
+    await second.answers(GET, GetAuction(OTHER, None))
+    lines = {record.getMessage(): record for record in caplog.records if "read" in record.getMessage()}
+    assert len(lines) == len(caplog.records) == 2
+    passing = lines[f"the auction {AUCTION} cannot be read now: TimeoutError"]
+    assert (passing.levelname, passing.exc_info) == ("WARNING", None)
+    assert lines[f"the auction {OTHER} could not be read"].exc_info is not None
 
 
 async def test_one_that_cannot_be_read_at_all_keeps_nobody_waiting(house: House, start: Start) -> None:
@@ -707,6 +856,18 @@ async def test_the_databases_clock_may_have_jumped_ahead(house: House) -> None:
     await notice(house)
     assert house.store.shards[0].down_at is None
     assert house.deaths == []
+
+
+async def test_what_sleeps_is_paid_too_when_the_databases_clock_is_far_ahead(house: House) -> None:
+    """The machine was suspended, and its own clock stood still: by that nobody is near to an end."""
+    house.now = down = END - WINDOW - READ_AHEAD_MS - 5_000
+    await house.put_to_sleep()
+    ahead = READ_AHEAD_MS + 10_000
+    house.store.clock = lambda: house.now + ahead
+    await notice(house)
+    back = down + ahead
+    assert extensions(house.store) == [(back, back + END - down, None)]
+    assert house.store.shards[0].down_at is None
 
 
 async def test_a_clock_behind_the_last_event_pays_no_time_that_was_not_lost(house: House, start: Start) -> None:

@@ -1,10 +1,15 @@
-"""What every journal promises: the one in Postgres, and its twin in memory."""
+"""What every journal promises: the one in Postgres, its twin in memory, and the one in Postgres on a simulated server.
+
+Tests that are named for Postgres need the real server.
+"""
 
 import asyncio
 import hashlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -27,10 +32,13 @@ from actors.journal import (
     SnapshotRow,
     Unreadable,
     Unsettled,
+    end_session,
     session_name,
 )
 from actors.memory import MemoryJournal, MemoryStore
 from engine.limits import OUTAGE_MS, RESUME_EVENTS_MAX, SLOTS
+from tests.simulation.postgres import SCHEMAS, Schema, SimulatedPostgres
+from tests.simulation.world import Guest, World
 from tests.support.postgres import wait_for_lock, wait_until_idle
 from tests.support.waiting import until, until_true
 
@@ -117,8 +125,8 @@ class Memory(Store):
 
 
 class Postgres(Store):
-    def __init__(self, database_url: str, pool: asyncpg.Pool) -> None:
-        self.database = database.Postgres(database_url)
+    def __init__(self, way: database.Database, pool: asyncpg.Pool) -> None:
+        self.database = way
         self.pool = pool
         self.writers: list[asyncpg.Connection] = []
         self.journals: list[PostgresJournal] = []
@@ -200,16 +208,33 @@ class Postgres(Store):
 
 @pytest.fixture
 async def postgres(database_url: str, pool: asyncpg.Pool) -> AsyncIterator[Postgres]:
-    store = Postgres(database_url, pool)
+    store = Postgres(database.Postgres(database_url), pool)
     await Directory(pool).lay_out(2)
     yield store
     store.close()
 
 
-@pytest.fixture(params=["memory", "postgres"])
+@pytest.fixture
+async def simulated(seed: int) -> AsyncIterator[Postgres]:
+    """The server on which simulated engines run; it must do what the real one does."""
+    with World(seed) as world:
+        server, guest = SimulatedPostgres(world), Guest(world, "test")
+        # Simulated time passes as fast as it can: what is slow there would be an outage.
+        server.slow_chance = 0
+        living = asyncio.create_task(guest.live())
+        way = server.database(guest)
+        store = Postgres(way, await way.pool())
+        await Directory(store.pool).lay_out(2)
+        yield store
+        living.cancel()
+        store.close()
+        guest.kill()
+
+
+@pytest.fixture(params=["memory", "postgres", "simulated"])
 def store(request: pytest.FixtureRequest) -> Store:
-    """Each in turn; Postgres is started only where it is asked for."""
-    found: Store = Memory() if request.param == "memory" else request.getfixturevalue("postgres")
+    """Each in turn; a server is started only where it is asked for."""
+    found: Store = Memory() if request.param == "memory" else request.getfixturevalue(request.param)
     return found
 
 
@@ -455,6 +480,7 @@ async def test_an_outage_is_paid_with_its_rows_or_not_at_all(store: Store) -> No
     assert await journal.load(A, 1) == (None, [event(1)], [])
     paid = await journal.append([event(2)], [indexed(due_at=NOW + 500)], await store.now())
     assert paid.down_at is None
+    assert await store.life() == paid
     assert await journal.load(A, 1) == (None, [event(1), event(2)], [])
 
 
@@ -737,6 +763,39 @@ async def test_postgres_every_write_is_a_sign_of_life(postgres: Postgres) -> Non
         assert (await postgres.life()).alive_at >= before
 
 
+async def test_postgres_of_those_who_saw_the_same_epoch_one_takes_over(postgres: Postgres) -> None:
+    directory = Directory(postgres.pool)
+    epoch = await postgres.pool.fetchval("SELECT epoch FROM shards WHERE shard_id = 0")
+    tries = await asyncio.gather(*(directory._try(0, epoch, uuid4(), 0) for _ in range(3)))
+    assert [taken.epoch for taken in tries if taken is not None] == [epoch + 1]
+
+
+async def test_postgres_a_takeover_waits_for_an_append_that_is_under_way(
+    postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise it could be stored after the new owner has read the journal."""
+    monkeypatch.setattr(journal_module, "_CLAIM_PATIENCE_S", 20)
+    old = await postgres.incarnation()
+    async with postgres.pool.acquire() as other:
+        in_the_way = other.transaction()
+        await in_the_way.start()
+        await other.execute("INSERT INTO journal VALUES ($1, 1, 0, '', 1, '', '')", A)
+        appending = asyncio.create_task(old.append([event(1)], []))
+        await wait_for_lock(postgres.pool, old._writer.get_server_pid())
+        taking = asyncio.create_task(postgres.take_over())
+
+        async def waits() -> bool:
+            waiting: int = await other.fetchval("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+            return waiting == 2 or taking.done()
+
+        await until_true(waits)
+        assert not taking.done()
+        await in_the_way.rollback()
+    await appending
+    new = await postgres.journal(0, await taking)
+    assert await new.load(A, 1) == (None, [event(1)], [])
+
+
 @asynccontextmanager
 async def holding(pool: asyncpg.Pool) -> AsyncIterator[None]:
     """Another transaction holds the rows of all shards."""
@@ -933,18 +992,17 @@ async def is_there(pool: asyncpg.Pool, backend_pid: int) -> bool:
 async def test_postgres_settling_ends_the_session_that_holds_the_shards_row(
     postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal_module, "_RAISE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(journal_module, "_CLAIM_PATIENCE_S", 0.1)
     journal = await postgres.incarnation(0)
     async with stuck(postgres, 1, session_name(1)) as other, stuck(postgres, 0, session_name(0)) as holder:
+        # The claim waits meanwhile: it need not be repeated.
+        await journal.settle([event(1)], [indexed()], None)
         holder_pid = holder.get_server_pid()
-        with pytest.raises(Unsettled):
-            await journal.settle([event(1)], [indexed()], None)
 
         async def is_gone() -> bool:
             return not await is_there(postgres.pool, holder_pid)
 
         await until_true(is_gone)
-        await journal.settle([event(1)], [indexed()], None)
         # Another shard's stays.
         assert await is_there(postgres.pool, other.get_server_pid())
     assert await journal.load(A, 1) == (None, [event(1)], [])
@@ -953,24 +1011,133 @@ async def test_postgres_settling_ends_the_session_that_holds_the_shards_row(
 async def test_postgres_settling_ends_no_other_session_that_has_the_number_by_now(
     postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal_module, "_RAISE_TIMEOUT_S", 0.1)
     journal = await postgres.incarnation(0)
-    for name in ("gavel", session_name(1)):
-        async with stuck(postgres, 0, name) as holder:
-            with pytest.raises(Unsettled):
-                await journal.settle([], [], None)
-            assert await holder.fetchval("SELECT 1") == 1
+    with monkeypatch.context() as patched:
+        patched.setattr(journal_module, "_CLAIM_PATIENCE_S", 0.05)
+        patched.setattr(journal_module, "_WRITE_TIMEOUT_S", 0.2)
+        for name in ("gavel", session_name(1)):
+            async with stuck(postgres, 0, name) as holder:
+                with pytest.raises(Unsettled):
+                    await journal.settle([], [], None)
+                assert await holder.fetchval("SELECT 1") == 1
     await journal.settle([], [], None)
 
 
-async def test_postgres_that_cannot_be_read_is_unreadable(postgres: Postgres) -> None:
+async def test_postgres_settling_ends_no_session_in_another_database(postgres: Postgres, database_url: str) -> None:
+    """A server may serve several houses, whose shards go by the same names."""
+    await postgres.incarnation(0)
+    elsewhere = await asyncpg.connect(
+        database_url, database="template1", server_settings={"application_name": session_name(0)}
+    )
+    try:
+        await postgres.pool.execute("UPDATE shards SET backend_pid = $1 WHERE shard_id = 0", elsewhere.get_server_pid())
+        await end_session(postgres.pool, 0, 0)
+        assert await elsewhere.fetchval("SELECT 1") == 1
+    finally:
+        elsewhere.terminate()
+
+
+async def test_postgres_a_large_write_is_given_more_time(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever comes back with very much to pay would never be through with it otherwise."""
+    journal = await postgres.incarnation()
+    backend_pid = journal._writer.get_server_pid()
+    with monkeypatch.context() as patched:
+        patched.setattr(journal_module, "_WRITE_TIMEOUT_S", 0.05)
+        patched.setattr(journal_module, "WRITE_ROWS_PER_MS", 0.000_1)
+        async with holding(postgres.pool):
+            with pytest.raises(Unsettled, match="TimeoutError"):
+                await journal.check()
+            await wait_until_idle(postgres.pool, backend_pid)
+            appending = asyncio.create_task(journal.append([event(1), event(2)], []))
+            await wait_for_lock(postgres.pool, backend_pid)
+            # Longer than one of no rows is waited for.
+            await asyncio.wait([appending], timeout=0.1)
+        await appending
+    assert await journal.load(A, 1) == (None, [event(1), event(2)], [])
+
+
+async def test_postgres_that_cannot_be_read_now_is_unreadable(
+    postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = await postgres.incarnation()
+    monkeypatch.setattr(journal_module, "_READ_TIMEOUT_S", 0.02)
+    async with AsyncExitStack() as taken:
+        for _ in range(postgres.pool.get_max_size()):
+            await taken.enter_async_context(postgres.pool.acquire())
+        for read in (journal.load(A, 1), journal.read(A, 1), journal.deadlines(), journal.closing(NOW)):
+            with pytest.raises(Unreadable, match="TimeoutError"):
+                await read
+    assert await journal.load(A, 1) == (None, [], [])
+
+
+@pytest.mark.parametrize("sqlstate", ["53200", "57014", "57P01"])
+async def test_postgres_a_read_that_meets_an_error_that_passes_is_unreadable(
+    postgres: Postgres, monkeypatch: pytest.MonkeyPatch, sqlstate: str
+) -> None:
+    journal = await postgres.incarnation()
+    failing = f"DO $$ BEGIN RAISE EXCEPTION 'it fails' USING ERRCODE = '{sqlstate}'; END $$"
+
+    async def fail(self: object, statement: str, *arguments: object) -> None:
+        await postgres.pool.execute(failing)
+
+    with monkeypatch.context() as patched:
+        for name in ("fetch", "fetchrow"):
+            patched.setattr(asyncpg.Connection, name, fail)
+        for read in (journal.load(A, 1), journal.read(A, 1), journal.deadlines(), journal.closing(NOW)):
+            with pytest.raises(Unreadable, match="it fails"):
+                await read
+    assert await journal.load(A, 1) == (None, [], [])
+
+
+async def test_postgres_that_is_broken_is_not_unreadable(postgres: Postgres) -> None:
     journal = await postgres.incarnation()
     await postgres.pool.execute("ALTER TABLE journal RENAME TO hidden")
     await postgres.pool.execute("ALTER TABLE entities RENAME TO hidden_too")
     try:
         for read in (journal.load(A, 1), journal.read(A, 1), journal.deadlines(), journal.closing(NOW)):
-            with pytest.raises(Unreadable):
+            # That does not pass: it is a fault, and not to be waited for.
+            with pytest.raises(asyncpg.UndefinedTableError):
                 await read
     finally:
         await postgres.pool.execute("ALTER TABLE hidden RENAME TO journal")
         await postgres.pool.execute("ALTER TABLE hidden_too RENAME TO entities")
+
+
+async def columns_of(pool: asyncpg.Pool, table: str) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """A table's columns in their order, and what stands in them unless something is given."""
+    rows = await pool.fetch(
+        "SELECT column_name, column_default FROM information_schema.columns "
+        "WHERE table_schema = 'public' AND table_name = $1 ORDER BY ordinal_position",
+        table,
+    )
+    values = {"0": 0, "'-infinity'::timestamp with time zone": float("-inf")}
+    return tuple(row[0] for row in rows), {row[0]: values[row[1]] for row in rows if row[1] is not None}
+
+
+async def test_postgres_has_the_tables_that_the_simulated_server_has(pool: asyncpg.Pool) -> None:
+    """Whoever changes the schema changes both."""
+    tables = [
+        table
+        for (table,) in await pool.fetch(
+            "SELECT table_name FROM information_schema.tables WHERE table_schema = 'public'"
+        )
+        if table != "alembic_version"
+    ]
+    constraints = await pool.fetch(
+        "SELECT conrelid::regclass::text, contype::text, conkey, confrelid::regclass::text, pg_get_constraintdef(oid) "
+        "FROM pg_constraint WHERE connamespace = 'public'::regnamespace"
+    )
+    found = {}
+    for table in tables:
+        columns, defaults = await columns_of(pool, table)
+        key, at_least, references = 0, {}, ("", 0)
+        for _, kind, numbers, other, text in (row for row in constraints if row[0] == table):
+            if kind == "p":
+                assert numbers == list(range(1, len(numbers) + 1))
+                key = len(numbers)
+            elif kind == "f":
+                references = (other, numbers[0] - 1)
+            elif kind == "c" and (bound := re.search(r"(\w+) (>=?) (\d+)", text)):
+                at_least[bound[1]] = int(bound[3]) + (bound[2] == ">")
+        found[table] = Schema(columns, key, defaults, at_least, references)
+    assert found == SCHEMAS

@@ -9,6 +9,7 @@ import asyncpg
 import pytest
 
 from actors import directory as directory_module
+from actors import journal as journal_module
 from actors.database import Postgres
 from actors.directory import Directory, Owner, Taken
 from actors.journal import end_session, session_name
@@ -108,7 +109,7 @@ async def test_another_deal_raises_every_epoch(directory: Directory, shards: int
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-async def test_another_deal_keeps_the_newest_sign_of_life_for_all(
+async def test_after_another_deal_all_owe_as_much_as_the_one_that_owes_most(
     directory: Directory, pool: asyncpg.Pool, shards: int
 ) -> None:
     """An auction may find itself on any shard, also on one that is new."""
@@ -116,10 +117,27 @@ async def test_another_deal_keeps_the_newest_sign_of_life_for_all(
     for shard, owner in enumerate((FIRST, SECOND)):
         await directory.take_over(shard, owner, PID, never)
     await be_silent(pool, 0)
-    newest = await be_silent(pool, 1)
+    await be_silent(pool, 1)
+    oldest = await be_silent(pool, 1)
     await directory.lay_out(shards)
     for shard in range(shards):
-        assert (await directory.take_over(shard, FIRST, PID, never)).down_at == newest
+        assert (await directory.take_over(shard, FIRST, PID, never)).down_at == oldest
+
+
+async def test_a_shard_that_serves_nothing_any_more_puts_no_debt_on_another_deal(
+    directory: Directory, pool: asyncpg.Pool
+) -> None:
+    await directory.lay_out(2)
+    for shard, owner in enumerate((FIRST, SECOND)):
+        await directory.take_over(shard, owner, PID, never)
+    await be_silent(pool, 1)
+    await directory.lay_out(1)
+    await directory.take_over(0, FIRST, PID, never)
+    await pool.execute("UPDATE shards SET down_at = NULL WHERE shard_id = 0")
+    down = await alive_at(pool, 0)
+    await directory.lay_out(3)
+    for shard in range(3):
+        assert (await directory.take_over(shard, FIRST, PID, never)).down_at == down
 
 
 async def test_a_deal_of_shards_that_never_lived_owes_nothing(directory: Directory) -> None:
@@ -136,7 +154,8 @@ async def test_another_deal_forgets_no_outage_that_is_not_paid(directory: Direct
     down = await be_silent(pool, 0)
     assert (await directory.take_over(0, SECOND, PID, never)).down_at == down
     await directory.lay_out(3)
-    assert (await directory.take_over(0, FIRST, PID, never)).down_at == down
+    for shard in range(3):
+        assert (await directory.take_over(shard, FIRST, PID, never)).down_at == down
 
 
 @pytest.mark.usefixtures("_patient")
@@ -283,7 +302,7 @@ async def holding(database_url: str, pool: asyncpg.Pool, name: str) -> AsyncIter
 async def test_a_takeover_ends_the_session_that_holds_the_shards_row(
     directory: Directory, database_url: str, pool: asyncpg.Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(directory_module, "_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(journal_module, "_CLAIM_PATIENCE_S", 0.1)
     await directory.lay_out(2)
     await directory.take_over(0, FIRST, PID, never)
     other = await Postgres(database_url).connect(session_name(1))
@@ -299,7 +318,8 @@ async def test_a_takeover_ends_the_session_that_holds_the_shards_row(
 async def test_a_takeover_ends_no_other_session_that_has_the_number_by_now(
     directory: Directory, database_url: str, pool: asyncpg.Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(directory_module, "_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(directory_module, "_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(journal_module, "_CLAIM_PATIENCE_S", 0.05)
     await directory.lay_out(1)
     await directory.take_over(0, FIRST, PID, never)
     tries = 0
@@ -309,7 +329,7 @@ async def test_a_takeover_ends_no_other_session_that_has_the_number_by_now(
         await end_session(pool, shard, own_pid)
         tries += 1
 
-    monkeypatch.setattr(directory_module, "end_session", count)
+    monkeypatch.setattr(journal_module, "end_session", count)
 
     async with holding(database_url, pool, "gavel") as holder:
         claiming = asyncio.create_task(directory.take_over(0, SECOND, PID, never))

@@ -132,6 +132,29 @@ def embedded(data_dir: Path) -> Iterator[EmbeddedPostgres]:
         embedded.stop()
 
 
+@pytest.mark.parametrize("setting", ["fsync", "full_page_writes"])
+async def test_a_server_that_loses_commits_is_refused(embedded: EmbeddedPostgres, setting: str) -> None:
+    url = embedded.start()
+    connection = await asyncpg.connect(url)
+    hold = up._Hold(url)
+
+    async def is_off() -> bool:
+        shown: str = await connection.fetchval("SELECT current_setting($1)", setting)
+        return shown == "off"
+
+    await connection.execute(f"ALTER SYSTEM SET {setting} = off")
+    try:
+        await connection.execute("SELECT pg_reload_conf()")
+        await until_true(is_off)
+        with pytest.raises(CommandError, match=f"{setting} off"):
+            await hold.take()
+    finally:
+        await connection.execute(f"ALTER SYSTEM RESET {setting}")
+        await connection.execute("SELECT pg_reload_conf()")
+        await connection.close()
+        await hold.end()
+
+
 async def test_a_postgres_that_dies_is_started_again_with_all_that_it_knew(
     embedded: EmbeddedPostgres, data_dir: Path
 ) -> None:

@@ -74,9 +74,9 @@ def draw_habits(random: Random) -> Habits:
         raise_chance=random.choice((0.05, 0.3)),
         low_chance=random.choice((0.05, 0.3)),
         repeat_chance=random.choice((0.0, 0.1)),
-        give_up_chance=random.choice((0.0, 0.3)),
+        give_up_chance=random.choice((0.0, 0.3, 1.0)),
         leave_chance=random.choice((0.0, 0.01, 0.05)),
-        snipe_chance=random.choice((0.0, 0.3)),
+        snipe_chance=random.choice((0.0, 0.3, 1.0)),
         shared_id_chance=random.choice((0.0, 0.2)),
     )
 
@@ -176,7 +176,10 @@ class Client:
             end_time = self._prices.get(lot.auction, (0, lot.end_time))[1]
             left_s = end_time / 1_000 - self._process.world.now_us / 1e6
             if random.random() < habits.snipe_chance and 0 < left_s < 3:
-                await asyncio.sleep(max(0.0, left_s + random.uniform(-0.006, 0.002)))
+                await asyncio.sleep(max(0.0, left_s + random.uniform(-0.006, -0.002)))
+                for _ in range(4):
+                    self._place(lot)
+                    await asyncio.sleep(0.001)
             for _ in range(random.randint(1, habits.pipelined)):
                 self._place(lot)
             if random.random() < habits.leave_chance and self._transport is not None:

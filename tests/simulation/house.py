@@ -84,9 +84,10 @@ class House:
 
     def stop_shard(self, process: Process) -> None:
         """End a process in good order: it hands its shard back."""
+        running = self.running.pop(process)
 
         async def stop() -> None:
-            await self.running[process].stop()
+            await running.stop()
             process.die("stopped")
 
         process.spawn(_or_die(process, stop()))

@@ -42,11 +42,10 @@ MUTANTS = (
         '{_APPENDED}{_COUNT}"',
     ),
     Mutant(
-        "the journal is read before the takeover commits",
+        "the journal is read while the old owner can still write",
         "actors.directory",
-        "row = await self._pool.fetchrow(_TAKE_OVER, shard, epoch, owner, backend_pid, timeout=_TIMEOUT_S)",
-        "asyncio.ensure_future(self._pool.fetchrow(_TAKE_OVER, shard, epoch, owner, backend_pid)); "
-        "row = (epoch + 1, None)",
+        "SET epoch = epoch + 1, owner = $3, address = NULL, backend_pid = $4, alive_at = clock_timestamp(),",
+        "SET owner = $3, address = NULL, backend_pid = $4, alive_at = clock_timestamp(),",
     ),
     Mutant(
         "a refusal released without the epoch's check",
@@ -154,13 +153,19 @@ MUTANTS = (
     Mutant(
         "a deadline executed in an outage",
         "actors.shard",
-        "if self._is_away or (due is not None and self._alive_at < due <= moment):",
-        "if self._is_away:",
+        "if self._is_away or is_gap or (due is not None and self._alive_at < due <= moment):",
+        "if self._is_away or is_gap:",
+    ),
+    Mutant(
+        "what waited in an outage counted as of then",
+        "actors.shard",
+        "moment = max(waiting[0].taken_at if waiting else self._clock(), entity.last_at, self._back_at)",
+        "moment = max(waiting[0].taken_at if waiting else self._clock(), entity.last_at)",
     ),
     Mutant(
         "an outage counted twice",
         "actors.journal",
-        "appended, *life = await self._write(_PAY_BACK, *columns, paid_until)",
+        "appended, *life = await self._write(_PAY_BACK, *columns, paid_until, rows=len(rows))",
         "appended, *life = await self._write(_APPEND_ALL, *columns); life[1] = None",
     ),
     Mutant(

@@ -74,6 +74,8 @@ class Wires:
         self.listening: dict[str, Listening] = {}
         self.connections: dict[Transport, None] = {}
         """The ends at which connections were asked for."""
+        self.refusing: set[Process] = set()
+        """To these no new connection is let through; those that there are stay."""
         self.parted: set[tuple[Process, Process]] = set()
         """Between these nothing passes, for now."""
 
@@ -101,6 +103,18 @@ class Wires:
         """The ends of connections in this process."""
         ends = [end for pair in self.connections for end in (pair, pair.peer)]
         return [end for end in ends if end is not None and end.process is process]
+
+    def listening_at(self, address: str) -> "Listening | None":
+        """Who takes connections there; None where they are refused."""
+        listening = self.listening.get(address)
+        return None if listening is None or listening.process in self.refusing else listening
+
+    def refuse(self, process: Process, is_refusing: bool) -> None:
+        """Have new connections to a process refused from now on, or let through again."""
+        if is_refusing:
+            self.refusing.add(process)
+        else:
+            self.refusing.discard(process)
 
     def part(self, one: Process, other: Process) -> None:
         """Let nothing pass between two processes, until they are joined again."""
@@ -182,7 +196,7 @@ class SimulatedNetwork:
         """See `Network`."""
         wires = self.wires
         await sleep(2 * wires.draw_delay_us() / 1e6)
-        listening = wires.listening.get(address)
+        listening = wires.listening_at(address)
         if listening is not None and (self._process, listening.process) in wires.parted:
             await sleep(_PROBE_TIMEOUT_S)
             return False
@@ -369,7 +383,7 @@ class Transport:
 
     def reach(self, address: str) -> None:
         """The first packet has come to the other machine, if it has."""
-        listening = self._wires.listening.get(address)
+        listening = self._wires.listening_at(address)
         connected = self.connected
         assert connected is not None
         if connected.done() or self.process.is_dead:

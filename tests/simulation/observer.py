@@ -4,7 +4,7 @@
 """
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 from uuid import UUID
@@ -45,8 +45,10 @@ class Observer:
         self.outages: list[Out] = []
         self.taken: dict[tuple[UUID, bytes], int] = {}
         """When each bid was last taken up, by its shard's clock."""
-        self.paying: dict[int, int] = {}
-        """Until when a shard pays an outage back just now."""
+        self.paying: dict[UUID, int] = {}
+        """Until when an owner pays an outage back just now."""
+        self.at_write: dict[Process, Callable[[], None]] = {}
+        """What is to happen when a process next appends events, once."""
         self._shards: dict[int, _Shard] = {}
         self._columns = postgres.tables["shards"].columns
         postgres.on_commit = self._committed
@@ -67,8 +69,8 @@ class Observer:
         if claim != shard.claim:
             shard.claim = claim
             shard.down = shard.alive_at if shard.down is None else shard.down
-        elif number in self.paying and row["owner"] is not None:
-            back = self.paying.pop(number)
+        elif row["owner"] in self.paying:
+            back = self.paying.pop(row["owner"])
             if shard.down is not None and back - shard.down > _OUTAGE_MS:
                 self.outages.append(Out(number, shard.down, back))
             shard.down = None if row["down_at"] is None else back
@@ -80,12 +82,19 @@ class Observer:
 _OUTAGE_MS = 1_000
 
 
+def _nothing() -> None:
+    """Nothing is to happen."""
+
+
 class ObservedJournal(PostgresJournal):
     """A journal that says when an outage is paid back."""
 
     async def append(self, rows: Sequence[Row], entities: Sequence[EntityRow], paid_until: int | None = None) -> Life:
+        observer = Observer.here()
         if paid_until is not None:
-            Observer.here().paying[self._shard] = paid_until
+            observer.paying[self._owner] = paid_until
+        if rows:
+            observer.at_write.pop(cast("Process", asyncio.get_running_loop()), _nothing)()
         return await super().append(rows, entities, paid_until)
 
 

@@ -32,6 +32,8 @@ _CONNECT_RETRY_S: Final = 0.2
 _CONNECT_TIMEOUT_S: Final = 60.0
 """asyncpg's own."""
 _COMMAND_TIMEOUT_S: Final = DATABASE_TIMEOUT_MS / SECOND_MS
+SLOW_CHANCE: Final = 0.002
+SLOW_EXECUTION_US: Final = (5_000, 3_000_000)
 _INFINITY: Final = float("inf")
 
 
@@ -162,8 +164,8 @@ class SimulatedPostgres:
         self.travel_us = (50, 500)
         self.execution_us = (50, 1_000)
         self.flush_us = (100, 1_000)
-        self.slow_chance = 0.002
-        self.slow_execution_us = (5_000, 3_000_000)
+        self.slow_chance = SLOW_CHANCE
+        self.slow_execution_us = SLOW_EXECUTION_US
         self.slow_flush_us = (1_000, 300_000)
         self.recovery_us = (50_000, 2_000_000)
         self.tables = {name: Table(name, schema) for name, schema in SCHEMAS.items()}
@@ -188,6 +190,10 @@ class SimulatedPostgres:
     def database(self, process: Process) -> "SimulatedDatabase":
         """The way to this server from a process: see `Database`."""
         return SimulatedDatabase(self, process)
+
+    def current_database(self) -> str:
+        """`current_database()`: it has one."""
+        return "gavel"
 
     def clock_us(self) -> int:
         """`clock_timestamp()`, microseconds since the epoch."""
@@ -531,11 +537,11 @@ class SimulatedDatabase:
 
     def __init__(self, server: SimulatedPostgres, process: Process) -> None:
         self._server = server
-        self._process = process
+        self.process = process
 
     async def pool(self) -> asyncpg.Pool:
         """See `Database`."""
-        pool = Pool(self._server, self._process)
+        pool = Pool(self._server, self.process)
         while True:
             try:
                 await pool.open()
@@ -546,7 +552,7 @@ class SimulatedDatabase:
 
     async def connect(self, name: str) -> asyncpg.Connection:
         """See `Database`."""
-        connection = Connection(self._server, self._process, None)
+        connection = Connection(self._server, self.process, None)
         await connection.open(name, WRITE_TIMEOUT_MS / SECOND_MS)
         return cast("asyncpg.Connection", connection)
 
@@ -560,7 +566,7 @@ class Connection:
         self.session: Session | None = None
         self.up, self.down = Line(process), Line(process)
         self._server = server
-        self._process = process
+        self.process = process
         self._command_timeout_s = command_timeout_s
         self._opening: asyncio.Future[None] | None = None
         self._waiter: asyncio.Future[Execution] | None = None
@@ -593,7 +599,7 @@ class Connection:
         try:
             yield
         except BaseException:
-            if not (self._is_closed or self._process.is_dead):
+            if not (self._is_closed or self.process.is_dead):
                 await self.execute("ROLLBACK")
             raise
         await self.execute("COMMIT")
@@ -624,8 +630,8 @@ class Connection:
 
     async def open(self, name: str, timeout_s: float) -> None:
         """Connect. Raises what asyncpg raises."""
-        self._opening = self._process.create_future()
-        self._process.on_death.append(self._abandoned)
+        self._opening = self.process.create_future()
+        self.process.on_death.append(self._abandoned)
         # A greeting, a password and its check, before the server forks a session and it answers.
         self._server.carry(self.up, self._server.carry, self.up, self._server.admit, name, self)
         try:
@@ -637,7 +643,7 @@ class Connection:
 
     def accept(self, session: Session) -> None:
         """The server has let us in."""
-        if self._opening is None or self._opening.done() or self._process.is_dead:
+        if self._opening is None or self._opening.done() or self.process.is_dead:
             self._server.carry(self.up, self._server.hang_up, session)
             return
         self.session = session
@@ -645,12 +651,12 @@ class Connection:
 
     def refuse(self, error: Exception) -> None:
         """The server has not let us in."""
-        if self._opening is not None and not self._opening.done() and not self._process.is_dead:
+        if self._opening is not None and not self._opening.done() and not self.process.is_dead:
             self._opening.set_exception(error)
 
     def answer(self, execution: "Execution", error: Exception | None) -> None:
         """The server's answer has come."""
-        if self._is_closed or self.is_cut or self._process.is_dead:
+        if self._is_closed or self.is_cut or self.process.is_dead:
             return
         waiter, self._waiter = self._waiter, None
         self._settle()
@@ -662,7 +668,7 @@ class Connection:
 
     def lose(self) -> None:
         """The connection is gone."""
-        if self._is_closed or self._process.is_dead:
+        if self._is_closed or self.process.is_dead:
             return
         self._is_closed = True
         error = asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation")
@@ -671,8 +677,8 @@ class Connection:
         self._settle()
         if waiter is not None and not waiter.done():
             waiter.set_exception(error)
-        if self._abandoned in self._process.on_death:
-            self._process.on_death.remove(self._abandoned)
+        if self._abandoned in self.process.on_death:
+            self.process.on_death.remove(self._abandoned)
 
     async def _ask(self, query: str, arguments: Values, timeout: float | None) -> "Execution":
         if timeout is None:
@@ -685,9 +691,9 @@ class Connection:
             raise asyncpg.InterfaceError("cannot perform operation: another operation is in progress")
         server = self._server
         waiter: asyncio.Future[Execution]
-        waiter = self._waiter = self._process.create_future()
+        waiter = self._waiter = self.process.create_future()
         if timeout is not None:
-            self._timer = self._process.call_later(timeout, self._time_out, waiter)
+            self._timer = self.process.call_later(timeout, self._time_out, waiter)
         self._requests += 1
         server.carry(self.up, server.receive, self.session, self._requests, query, arguments)
         try:
@@ -703,14 +709,14 @@ class Connection:
 
     def _request_cancel(self, waiter: "asyncio.Future[Execution]") -> None:
         """Have the server stop, over another connection, as asyncpg does; until it has, this one is of no use."""
-        if waiter is not self._waiter or self._cancelling is not None or self._process.is_dead:
+        if waiter is not self._waiter or self._cancelling is not None or self.process.is_dead:
             return
         self._settle()
-        self._cancelling = self._process.create_future()
+        self._cancelling = self.process.create_future()
         assert self.session is not None
         self._server.request_cancel(self.session, self._requests)
         if self._command_timeout_s is not None:
-            self._timer = self._process.call_later(self._command_timeout_s, self.terminate)
+            self._timer = self.process.call_later(self._command_timeout_s, self.terminate)
 
     def _settle(self) -> None:
         """Nothing is under way any more."""
@@ -725,14 +731,14 @@ class Connection:
         """Wait until the server has stopped what nobody waits for; return what is left of the time."""
         if self._cancelling is None:
             return timeout
-        begun = self._process.time()
+        begun = self.process.time()
         try:
             async with asyncio.timeout(timeout):
                 await asyncio.shield(self._cancelling)
         except TimeoutError:
             self.terminate()
             raise
-        return None if timeout is None else timeout - (self._process.time() - begun)
+        return None if timeout is None else timeout - (self.process.time() - begun)
 
     def _abandoned(self) -> None:
         """The process is dead; the operating system closes the connection."""
@@ -745,7 +751,7 @@ class Pool:
 
     def __init__(self, server: SimulatedPostgres, process: Process) -> None:
         self._server = server
-        self._process = process
+        self.process = process
         self._free: asyncio.LifoQueue[Connection | None] = asyncio.LifoQueue()
         self._is_closing = False
 
@@ -766,7 +772,7 @@ class Pool:
             yield connection
         finally:
             # Whoever is cancelled must not keep it.
-            if not self._process.is_dead:
+            if not self.process.is_dead:
                 await asyncio.shield(self._release(connection, timeout))
 
     async def fetch(self, query: str, *args: Any, timeout: float | None = None) -> list[Record]:
@@ -820,7 +826,7 @@ class Pool:
             self._free.put_nowait(connection)
 
     async def _connect(self) -> Connection:
-        connection = Connection(self._server, self._process, _COMMAND_TIMEOUT_S)
+        connection = Connection(self._server, self.process, _COMMAND_TIMEOUT_S)
         await connection.open("gavel", _CONNECT_TIMEOUT_S)
         return connection
 
@@ -902,6 +908,7 @@ class Execution:
                 session.name,
                 "active" if session.execution else "idle in transaction" if session.transaction else "idle",
                 "Lock" if session.waits_for else None,
+                self.server.current_database(),
             )
             for session in self.server.sessions.values()
         ]
@@ -1154,6 +1161,7 @@ _PRODUCTS: Final = {"*": "multiply", "/": "divide", "%": "remainder"}
 _CALLS: Final = {
     "clock_timestamp": "q.server.clock_us",
     "coalesce": "coalesce",
+    "current_database": "q.server.current_database",
     "pg_terminate_backend": "q.server.terminate",
     "to_timestamp": "to_timestamp",
 }
@@ -1161,7 +1169,7 @@ _AGGREGATES: Final = {"count": "len", "max": "largest", "min": "smallest"}
 _INTEGERS: Final = {"bigint", "int", "integer", "smallint"}
 _UNITS_US: Final = {"m": 1_000, "millisecond": 1_000, "second": 1_000_000, "minute": 60_000_000}
 """Without the plural's s, so that `ms` is `m`."""
-_ACTIVITY: Final = ("pid", "application_name", "state", "wait_event_type")
+_ACTIVITY: Final = ("pid", "application_name", "state", "wait_event_type", "datname")
 _ENDS_ITEMS: Final = {"from", "where", "order", "for", "on", "returning", ")", ""}
 
 

@@ -1,28 +1,32 @@
 """One seed: an engine, its clients and its faults, and what came of it."""
 
 from collections.abc import Callable
+from functools import partial
 from random import Random
 from typing import Final, Literal, NamedTuple
 from uuid import UUID
 
 from actors.directory import slot_of
 from actors.messages import Answer, AuctionView
-from engine.commands import CancelAuction, EndAuction, OpenAuction, SoftClose, Terms
+from actors.shard import Shard
+from engine.commands import CancelAuction, EndAuction, OpenAuction, PlaceBid, SoftClose, Terms
 from engine.increments import Step, flat
 from engine.rejections import Rejection
 from tests.simulation.checker import Outage, check
 from tests.simulation.client import Client, Lot
-from tests.simulation.history import Answered, Asked, Record
+from tests.simulation.history import Answered, Asked, Record, Sent, verdict
 from tests.simulation.house import SHARDS, House
 from tests.simulation.network import Wires
+from tests.simulation.postgres import SLOW_CHANCE, SLOW_EXECUTION_US
 from tests.simulation.world import SECOND_US, START_US, Process, World
 
 _SETTLE_S: Final = 240
 """Long enough for the longest outage to be paid back, and every auction to end."""
 _CLOCK_ERROR_MS: Final = 20
 """So far at most the clocks of processes are from Postgres's."""
-_BROKEN_CLOCK_ERROR_MS: Final = 4_000
+_BROKEN_CLOCK_ERROR_MS: Final = 2_000
 """And so far while they drift and jump."""
+_SUSPENDED_MS: Final = 30_000
 _FAIR_DEATHS: Final = ("could not start", "stopped", "another process has taken")
 """How the reasons begin for which a shard's process may end itself."""
 _RETRY_US: Final = 400_000
@@ -95,6 +99,7 @@ class Scenario:
         for client in self.clients:
             self.people.spawn(client.live())
             self.people.spawn(client.bid())
+        world.after(self._random.randint(0, SECOND_US), self._keep_calling)
         self.nemesis.plan(self.acts_s)
         world.run(START_US + int(self.acts_s * SECOND_US))
         self.nemesis.heal()
@@ -189,6 +194,56 @@ class Scenario:
             for number, user in enumerate(users, 1)
         ]
 
+    # What a notebook asks for, over Ray: it may have hold of a process that has been replaced
+
+    def _keep_calling(self) -> None:
+        random = self._random
+        if self.house.running:
+            self.call(random.choice(list(self.house.running)))
+        if self.world.now_us < START_US + int(self.acts_s * SECOND_US):
+            self.world.after(random.randint(50_000, 400_000), self._keep_calling)
+
+    def call(self, process: Process) -> None:
+        """Place a bid that is too low, to hear the price."""
+        random = self._random
+        number = self.house.numbers[process]
+        openings = [opening for opening in self.openings if slot_of(opening.auction) % SHARDS == number]
+        running = self.house.running.get(process)
+        if running is None or not openings or process.is_dead:
+            return
+        bid_id, bidder = UUID(int=random.getrandbits(128), version=4), UUID(int=random.getrandbits(128), version=4)
+        bid = PlaceBid(auction=random.choice(openings).auction, bidder=bidder, bid_id=bid_id, amount=1)
+        self._asked += 1
+        self.history.append(
+            Sent(
+                client="notebook",
+                connection=1,
+                auction=bid.auction,
+                bid_id=bid_id,
+                bidder=bidder,
+                amount=1,
+                at=self._now_ms(),
+            )
+        )
+        process.spawn(self._hear(running.shard, bid))
+
+    async def _hear(self, shard: Shard, bid: PlaceBid) -> None:
+        answer = await shard.ask(bid)
+        if isinstance(answer, Rejection):
+            told = verdict(
+                "notebook",
+                1,
+                bid.auction,
+                bid.bid_id,
+                {
+                    "type": "error" if answer.is_transient else "rejected",
+                    "code": answer.code,
+                    "minimum": answer.minimum,
+                },
+                self._now_ms(),
+            )
+            self.history.append(told)
+
     # What the maker asks for, over HTTP
 
     def _stop_early(self, opening: OpenAuction) -> None:
@@ -266,11 +321,11 @@ class Nemesis:
         self.house = scenario.house
         self.people = scenario.people
         self._openings = scenario.openings
+        self._call = scenario.call
         self.done: dict[str, int] = {}
         self._random = Random(f"nemesis {self.world.seed}")
         self._wires = Wires.of(self.world)
         self._is_over = False
-        self._has_jumped = False
         self._kinds: dict[str, Callable[[], bool]] = {
             "shard killed": self._kill_shard,
             "shard killed in a write": self._kill_shard_in_write,
@@ -279,6 +334,7 @@ class Nemesis:
             "shard stopped in order": self._stop_shard,
             "second incarnation": self._start_rival,
             "shard replaced unawares": self._replace_unawares,
+            "shard replaced while it lives": self._replace_living,
             "machine paused": self._pause_machine,
             "gateway killed": self._kill_gateway,
             "gateway paused": self._pause_gateway,
@@ -287,14 +343,16 @@ class Nemesis:
             "client cut off": self._cut_client,
             "database crashed": self._crash_database,
             "power cut": self._cut_power,
+            "power cut in a write": self._cut_power_in_write,
             "database away": self._lose_database,
             "database away from one": self._part_from_database,
             "database connection cut": self._cut_connection,
             "database connection cut in a write": self._cut_write,
             "everything cut": self._cut_everything,
             "database slow": self._slow_database,
+            "database slow near an end": self._slow_database_near_end,
             "database clock jumped": self._jump_database_clock,
-            "shard replaced after a jump of the clock": self._jump_and_replace,
+            "everything suspended": self._suspend,
             "process clock jumped": self._jump_clock,
             "process clock drifts": self._drift,
             "network slow": self._slow_network,
@@ -303,13 +361,14 @@ class Nemesis:
     @property
     def clock_error_ms(self) -> int:
         """So far at most one clock was from another."""
-        return _BROKEN_CLOCK_ERROR_MS if any("clock" in kind for kind in self.done) else _CLOCK_ERROR_MS
+        error_ms = _BROKEN_CLOCK_ERROR_MS if any("clock" in kind for kind in self.done) else _CLOCK_ERROR_MS
+        return error_ms + (_SUSPENDED_MS if "everything suspended" in self.done else 0)
 
     def plan(self, acts_s: float) -> None:
         """Draw what will happen, and when."""
         random = self._random
-        kinds = random.sample(list(self._kinds), random.choice((0, 1, 2, 3, 5)))
-        for _ in range(random.choice((2, 4, 8)) if kinds else 0):
+        kinds = random.sample(list(self._kinds), random.choice((0, 1, 1, 2, 3, 5, 8)))
+        for _ in range(random.choice((4, 8, 12)) if kinds else 0):
             kind = random.choice(kinds)
             self.world.after(int(random.uniform(0.2, acts_s) * SECOND_US), self._happen, kind)
 
@@ -334,6 +393,14 @@ class Nemesis:
         living = [process for process in processes if not process.is_dead and not process.is_paused]
         return self._random.choice(living) if living else None
 
+    def _pick_running(self) -> Process | None:
+        """A shard that serves, and has auctions."""
+        numbers = {slot_of(opening.auction) % SHARDS for opening in self._openings}
+        return self._pick([process for process in self.house.running if self.house.numbers[process] in numbers])
+
+    def _pick_gateway(self) -> Process | None:
+        return self._pick([gateway.process for gateway in self.house.gateways])
+
     def _kill_shard(self) -> bool:
         process = self._pick(self.house.shards)
         if process is not None:
@@ -341,30 +408,43 @@ class Nemesis:
         return process is not None
 
     def _kill_shard_in_write(self) -> bool:
-        """What it has sent goes on without it."""
-        process = self._pick([process for process in self.house.shards if process in self.house.running])
-        if process is not None:
-            self._slow_database_for(0.06, 1.0)
-            self._later(0.005, 0.05, process.kill)
-            if self._random.random() < 0.5:
-                self.house.start_shard(self.house.numbers[process], is_kept=False)
-        return process is not None
+        """What it has sent goes on without it; perhaps a spare stands by."""
+        process = self._pick_running()
+        if process is None:
+            return False
+        if self._random.random() < 0.7:
+            self.house.start_shard(self.house.numbers[process], is_kept=False)
+
+        def strike() -> None:
+            self._slow_database_for(0.01, 1.0, (200_000, 2_500_000))
+            self._later(0.002, 0.02, process.kill)
+
+        self.world.after(SECOND_US // 2, self._at_write, process, strike)
+        return True
 
     def _kill_shard_near_end(self) -> bool:
         """Who takes over must read the auction while its last bids come."""
-        end_us = self._random.choice(self._openings).terms.end_time * 1_000
-        kill_us = end_us - self._random.randint(300_000, 1_600_000)
-        if kill_us <= self.world.now_us:
+        opening = self._random.choice(self._openings)
+        kill_us = opening.terms.end_time * 1_000 - self._random.randint(200_000, 900_000)
+        number = slot_of(opening.auction) % SHARDS
+        if kill_us <= self.world.now_us + SECOND_US // 2:
             return False
-        self.world.at(kill_us, self._kill_shard)
-        self.world.at(kill_us, self._slow_database_for, 2, 0.3)
+
+        def strike() -> None:
+            self._slow_database_for(1, 0.15, (50_000, 800_000))
+            for process in self.house.running:
+                if self.house.numbers[process] == number:
+                    process.kill()
+
+        self.world.at(kill_us - SECOND_US // 2, partial(self.house.start_shard, number, is_kept=False))
+        self.world.at(kill_us, strike)
         return True
 
     def _pause_shard(self) -> bool:
         return self._pause(self._pick(self.house.shards))
 
     def _stop_shard(self) -> bool:
-        process = self._pick([process for process in self.house.shards if process in self.house.running])
+        process = self._pick_running()
         if process is not None:
             self.house.stop_shard(process)
         return process is not None
@@ -376,26 +456,40 @@ class Nemesis:
 
     def _replace_unawares(self) -> bool:
         """A shard loses Postgres and is replaced; some gateways have found the new one, some still ask the old one."""
-        process = self._pick([process for process in self.house.shards if process in self.house.running])
-        if process is None:
+        process, gateway = self._pick_running(), self._pick_gateway()
+        if process is None or gateway is None:
             return False
         self._lose_database_for(process, self._random.uniform(4, 10))
         self.house.start_shard(self.house.numbers[process], is_kept=False)
-        gateway = self._pick([gateway.process for gateway in self.house.gateways])
-        if gateway is not None:
-            self._later(2.5, 4, self._cut_all, process, gateway)
+        self._later(2.5, 4, self._cut_all, process, gateway)
+        return True
+
+    def _replace_living(self) -> bool:
+        """A firewall refuses new connections to a shard that lives and serves, so a spare takes it for dead."""
+        process, gateway = self._pick_running(), self._pick_gateway()
+        if process is None or gateway is None:
+            return False
+        self.house.start_shard(self.house.numbers[process], is_kept=False)
+        self.world.after(SECOND_US // 2, self._wires.refuse, process, True)
+        self.world.after(SECOND_US, self._wires.refuse, process, False)
+        self._later(0.52, 0.6, self._cut_all, process, gateway)
+        for end in self._wires.of_process(self.people):
+            self._later(0.6, 1.1, end.cut)
+        for _ in range(6):
+            self._later(0.65, 1.1, self._call, process)
         return True
 
     def _pause_machine(self) -> bool:
         """A shard and a gateway stand still together, so that neither finds the other silent; the shard is replaced."""
-        process = self._pick([process for process in self.house.shards if process in self.house.running])
-        gateway = self._pick([gateway.process for gateway in self.house.gateways])
+        process, gateway = self._pick_running(), self._pick_gateway()
         if process is None or gateway is None:
             return False
-        duration_s = self._random.uniform(2.5, 5)
+        duration_s = self._random.uniform(3, 5)
         for one in (process, gateway):
             one.pause()
             self._later(duration_s, duration_s, one.resume)
+        for _ in range(3):
+            self._later(2.5, duration_s, self._call, process)
         self.house.start_shard(self.house.numbers[process], is_kept=False)
         return True
 
@@ -404,13 +498,13 @@ class Nemesis:
             end.cut()
 
     def _kill_gateway(self) -> bool:
-        process = self._pick([gateway.process for gateway in self.house.gateways])
+        process = self._pick_gateway()
         if process is not None:
             process.kill()
         return process is not None
 
     def _pause_gateway(self) -> bool:
-        return self._pause(self._pick([gateway.process for gateway in self.house.gateways]))
+        return self._pause(self._pick_gateway())
 
     def _pause(self, process: Process | None) -> bool:
         if process is None:
@@ -478,11 +572,20 @@ class Nemesis:
         return process is not None
 
     def _cut_everything(self) -> bool:
-        """All links break at once, and Postgres is away: what was done cannot be asked for."""
+        """All links break, and again while Postgres is away: what was done cannot be asked for."""
+        postgres = self.house.postgres
+        if postgres.is_away:
+            return False
+        postgres.go_away()
+        self._later(4, 8, postgres.come_back)
+        self._cut_links()
+        self._later(2.2, 3.5, self._cut_links)
+        return True
+
+    def _cut_links(self) -> None:
         for end in list(self._wires.connections):
             if end.is_open and end.process is not self.people:
                 end.cut()
-        return self._lose_database()
 
     def _lose_database_for(self, process: Process, duration_s: float) -> None:
         self.house.postgres.go_away(process)
@@ -496,24 +599,59 @@ class Nemesis:
         return bool(sessions)
 
     def _cut_write(self) -> bool:
-        """The writer's connection breaks, while what it has sent is on its way and takes its time."""
-        postgres = self.house.postgres
-        writers = [session for session in postgres.sessions.values() if session.name.startswith("gavel shard")]
-        if writers:
-            postgres.slow_execution_us = (2_000, 30_000)
-            self._slow_database_for(0.1, 1.0)
-            self._later(0.1, 0.1, setattr, postgres, "slow_execution_us", (5_000, 3_000_000))
-            self._later(0.003, 0.04, postgres.break_connection, self._random.choice(writers))
-        return bool(writers)
+        """A writer's connection breaks, while what it has sent is on its way and takes its time."""
+        process = self._pick_running()
+        if process is None:
+            return False
+
+        def strike() -> None:
+            self._slow_database_for(0.1, 1.0, (2_000, 30_000))
+            for session in self.house.postgres.sessions.values():
+                if session.connection.process is process and session.name != "gavel":
+                    self._later(0.0005, 0.02, self.house.postgres.break_connection, session)
+
+        self._at_write(process, strike)
+        return True
+
+    def _cut_power_in_write(self) -> bool:
+        process = self._pick_running()
+        if process is not None:
+            self._at_write(process, partial(self._later, 0.0, 0.004, self._cut_power))
+        return process is not None
+
+    def _at_write(self, process: Process, strike: Callable[[], None]) -> None:
+        """Do something when a shard next appends events."""
+        if not process.is_dead:
+            self.house.observer.at_write[process] = strike
 
     def _slow_database(self) -> bool:
         self._slow_database_for(self._random.uniform(0.5, 4), self._random.choice((0.05, 0.3)))
         return True
 
-    def _slow_database_for(self, duration_s: float, chance: float) -> None:
+    def _slow_database_near_end(self) -> bool:
+        """What comes in the last moments must wait until the auction is read, and the end comes meanwhile."""
+        opening = self._random.choice(self._openings)
+        end_us = opening.terms.end_time * 1_000
+        number = slot_of(opening.auction) % SHARDS
+        if end_us < self.world.now_us + SECOND_US // 2:
+            return False
+        self.world.at(end_us - 120_000, self._slow_database_for, 0.15, 0.6, (30_000, 300_000))
+        for process in self.house.running:
+            if self.house.numbers[process] == number:
+                for _ in range(3):
+                    self.world.at(end_us - self._random.randint(25_000, 100_000), self._call, process)
+        return True
+
+    def _slow_database_for(
+        self, duration_s: float, chance: float, slow_us: tuple[int, int] = SLOW_EXECUTION_US
+    ) -> None:
         postgres = self.house.postgres
-        postgres.slow_chance = chance
-        self._later(duration_s, duration_s, setattr, postgres, "slow_chance", 0.002)
+        postgres.slow_chance, postgres.slow_execution_us = chance, slow_us
+        self._later(duration_s, duration_s, self._hurry_database)
+
+    def _hurry_database(self) -> None:
+        postgres = self.house.postgres
+        postgres.slow_chance, postgres.slow_execution_us = SLOW_CHANCE, SLOW_EXECUTION_US
 
     def _jump_database_clock(self) -> bool:
         self.house.postgres.jump_clock(self._random.choice((-800, -50, 50, 800)))
@@ -521,16 +659,11 @@ class Nemesis:
 
     # Clocks
 
-    def _jump_and_replace(self) -> bool:
-        """Postgres's clock jumps so far that an owner that lives seems silent; for a moment there are two of them."""
-        process = self._pick([process for process in self.house.shards if process in self.house.running])
-        gateway = self._pick([gateway.process for gateway in self.house.gateways])
-        if process is None or gateway is None or self._has_jumped:
+    def _suspend(self) -> bool:
+        """The only machine sleeps for a while: when it wakes, all clocks but the calendar's have stood still."""
+        if "everything suspended" in self.done:
             return False
-        self._has_jumped = True
-        self.house.start_shard(self.house.numbers[process], is_kept=False)
-        self.world.after(SECOND_US // 2, self.house.postgres.jump_clock, 3_000)
-        self._later(0.52, 0.62, self._cut_all, process, gateway)
+        self.house.postgres.jump_clock(_SUSPENDED_MS)
         return True
 
     def _jump_clock(self) -> bool:

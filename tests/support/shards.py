@@ -188,6 +188,7 @@ class House:
         """Time passes, and the shard is in service all the while."""
         self._now = now
         self.store.shards[0].alive_at = now
+        self.shard._signed_at = now
 
     def be_out(self, until: int) -> None:
         """Time passes, and the shard gives no sign of life meanwhile."""
