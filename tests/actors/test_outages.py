@@ -9,7 +9,7 @@ import pytest
 
 from actors import shard
 from actors.directory import slot_of
-from actors.journal import EntityRow, Life, Row, Unreadable
+from actors.journal import EntityRow, Life, Loaded, Row, Unreadable
 from actors.memory import MemoryStore
 from actors.messages import Answered, GetAuction, Subscribe, Unsubscribe
 from engine.commands import SoftClose
@@ -751,12 +751,16 @@ async def test_one_that_cannot_be_read_for_now_is_waited_for(house: House) -> No
     house.now = END - 10_000
     await house.kill()
     second = House(house.store, now=END)
-    second.journal.load_errors[AUCTION] = Unreadable("away")
-    starting = asyncio.create_task(second.start())
-    await until(lambda: len(second.journal.loads) == READ_TRIES - 1)
-    assert not starting.done()
-    del second.journal.load_errors[AUCTION]
-    await starting
+    load = second.journal.load
+    errors = [Unreadable("away")] * (READ_TRIES - 1)
+
+    async def fail_at_first(entity_id: UUID, snapshot_version: int) -> Loaded:
+        if errors:
+            raise errors.pop()
+        return await load(entity_id, snapshot_version)
+
+    second.journal.load = fail_at_first  # type: ignore[method-assign]
+    await second.start()
     assert extensions(second.store) == [(END, END + 10_000, None)]
     await second.kill()
 

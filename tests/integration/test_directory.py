@@ -131,8 +131,10 @@ async def test_a_shard_that_serves_nothing_any_more_puts_no_debt_on_another_deal
     for shard, owner in enumerate((FIRST, SECOND)):
         await directory.take_over(shard, owner, PID, never)
     await be_silent(pool, 1)
+    await directory.take_over(1, FIRST, PID, never)
     await directory.lay_out(1)
     await directory.take_over(0, FIRST, PID, never)
+    # The one that serves all has paid.
     await pool.execute("UPDATE shards SET down_at = NULL WHERE shard_id = 0")
     down = await alive_at(pool, 0)
     await directory.lay_out(3)

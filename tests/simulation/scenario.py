@@ -348,7 +348,7 @@ class Nemesis:
             "database away from one": self._part_from_database,
             "database connection cut": self._cut_connection,
             "database connection cut in a write": self._cut_write,
-            "everything cut": self._cut_everything,
+            "shard parted and cut": self._part_and_cut,
             "database slow": self._slow_database,
             "database slow near an end": self._slow_database_near_end,
             "database clock jumped": self._jump_database_clock,
@@ -571,21 +571,16 @@ class Nemesis:
             self._lose_database_for(process, self._random.choice((0.4, 1.5, 6)))
         return process is not None
 
-    def _cut_everything(self) -> bool:
-        """All links break, and again while Postgres is away: what was done cannot be asked for."""
-        postgres = self.house.postgres
-        if postgres.is_away:
+    def _part_and_cut(self) -> bool:
+        """A shard loses Postgres, and then its links: what is on its way is sent again to one that is away."""
+        process = self._pick_running()
+        if process is None:
             return False
-        postgres.go_away()
-        self._later(4, 8, postgres.come_back)
-        self._cut_links()
-        self._later(2.2, 3.5, self._cut_links)
+        self._lose_database_for(process, self._random.uniform(3.5, 6))
+        cut_s = self._random.uniform(2.2, 3)
+        for gateway in self.house.gateways:
+            self._later(cut_s, cut_s, self._cut_all, process, gateway.process)
         return True
-
-    def _cut_links(self) -> None:
-        for end in list(self._wires.connections):
-            if end.is_open and end.process is not self.people:
-                end.cut()
 
     def _lose_database_for(self, process: Process, duration_s: float) -> None:
         self.house.postgres.go_away(process)
