@@ -257,8 +257,12 @@ class Shard:
 
     def _take_unsubscribe(self, entity_id: UUID, waiting: _Waiting) -> None:
         """Never refused, and nobody is woken for it; but it stays behind a subscription that waits."""
-        line = self._waking.get(entity_id, ())
-        if any(one.outlet is waiting.outlet and isinstance(one.request.payload, Subscribe) for one in line):
+        own = (
+            one.request.payload
+            for one in reversed(self._waking.get(entity_id, ()))
+            if one.outlet is waiting.outlet and isinstance(one.request.payload, Subscribe | Unsubscribe)
+        )
+        if isinstance(next(own, None), Subscribe):
             self._line += 1
             self._waking[entity_id].append(waiting)
         else:
@@ -615,22 +619,22 @@ class Shard:
 
     async def _come_back(self, down_at: int | None) -> None:
         """Pay back what is owed since `down_at`, and serve."""
-        took_ms = 0
+        ahead_ms = 0
         while down_at is not None:
             self._is_away = True
-            await self._read_closing()
+            await self._read_closing(ahead_ms)
             begun = self._now()
-            # If there was so much to pay that storing it took long, the time that it will take again is paid, too.
-            back = begun + 2 * took_ms
+            back = begun + ahead_ms
             if back - down_at > OUTAGE_MS:
                 logger.warning("no bid could be placed for %d ms: the time is given back", back - down_at)
                 self._back_at = back
                 for entity in self._awake.values():
-                    self._pay_back(entity, down_at, back)
+                    self._pay_back(entity, down_at, begun, back)
             turn = self._next_turn()
             turn.paid_until = back
             down_at = await self._commit(turn)
-            took_ms = self._now() - begun
+            # If there was so much to pay that storing it took long, the time that it will take again is paid, too.
+            ahead_ms = min(2 * (self._now() - begun), READ_AHEAD_MS // 2)
         if self._is_away:
             self._is_away = False
             self._make_room()
@@ -640,13 +644,13 @@ class Shard:
         """The time, also where Postgres's clock, by which outages begin, has jumped ahead of ours."""
         return max(self._clock(), self._alive_at)
 
-    async def _read_closing(self) -> None:
-        """Wake all auctions to which an outage may owe time, and go on giving signs of life."""
+    async def _read_closing(self, ahead_ms: int) -> None:
+        """Wake all auctions to which an outage may owe time that is over in a while; go on giving signs of life."""
         until = 0
         tries: Counter[UUID] = Counter()
         # While they are read more of them come near to their ends.
-        while until <= self._now():
-            until = self._now() + READ_AHEAD_MS
+        while until <= self._now() + ahead_ms:
+            until = self._now() + ahead_ms + READ_AHEAD_MS
             unreadable: list[UUID] = []
             try:
                 closing = await self._journal.closing(until)
@@ -674,15 +678,17 @@ class Shard:
             failure = reading.exception()
             if isinstance(failure, Unreadable):
                 unreadable.append(entity_id)
-            if failure is not None:
-                logger.error("the auction %s could not be read: %r", entity_id, failure)
+                logger.warning("the auction %s cannot be read now: %s", entity_id, failure)
+            elif failure is not None:
+                logger.error("the auction %s could not be read", entity_id, exc_info=failure)
         await self._commit(self._next_turn())
         return unreadable
 
-    def _pay_back(self, entity: Entity, down_at: int, now: int) -> None:
-        """Give an auction back the time that it lost; one that was to open meanwhile opens now."""
-        now = max(now, entity.last_at)
-        if entity.state is not None and entity.state.status == "scheduled" and _is_due(entity, now):
+    def _pay_back(self, entity: Entity, down_at: int, now: int, back: int) -> None:
+        """Give an auction back the time until `back`; one that was to open meanwhile opens."""
+        is_due = _is_due(entity, now)
+        now = max(back, entity.last_at)
+        if entity.state is not None and entity.state.status == "scheduled" and is_due:
             self._execute_due(entity, now)
         decided = decide(entity.state, PayBack(entity.id, down_at), now)
         assert not isinstance(decided, Rejection)
