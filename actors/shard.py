@@ -632,9 +632,11 @@ class Shard:
                     self._pay_back(entity, down_at, begun, back)
             turn = self._next_turn()
             turn.paid_until = back
+            epoch = self._journal.epoch
             down_at = await self._commit(turn)
-            # If there was so much to pay that storing it took long, the time that it will take again is paid, too.
-            ahead_ms = min(2 * (self._now() - begun), READ_AHEAD_MS // 2)
+            # There was so much to pay that storing it took long: the time that it will take again is paid, too.
+            is_slow = self._journal.epoch == epoch
+            ahead_ms = min(2 * (self._now() - begun), READ_AHEAD_MS // 2) if is_slow else 0
         if self._is_away:
             self._is_away = False
             self._make_room()

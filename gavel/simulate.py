@@ -80,7 +80,13 @@ Examples:
 
 Exits with 1 if a seed fails, and says how to repeat it."""
 )
-@click.option("--seeds", type=Seeds(), default=range(SEEDS), metavar="A..B", help="From A up to B. [default: 0..100]")
+@click.option(
+    "--seeds",
+    type=Seeds(),
+    default=range(SEEDS),
+    metavar="A..B",
+    help="From A up to, not including, B; or one. [default: 0..100]",
+)
 @click.option("--trace", is_flag=True, help="Tell all that happens, on standard output.")
 @click.option("--jobs", type=click.IntRange(1, 256), help="Processes at once. [default: one a core]")
 @click.option("--mutant", help="Put in a mistake that must be found; see tests/simulation/mutants.py.")
@@ -92,6 +98,10 @@ def command(seeds: range, *, trace: bool, jobs: int | None, mutant: str | None, 
     """
     if not (ROOT / "tests" / "simulation").is_dir():
         raise CommandError("The simulator stands with Gavel's tests; run this in a checkout of the sources.")
+    if mutant is not None:
+        _check_mutant(mutant)
+    if trace and (results is not None or jobs is not None):
+        raise click.UsageError("--trace tells all that there is; it goes with neither --json nor --jobs.")
     if trace:
         return subprocess.run(_worker(seeds.start, seeds.stop, 1, mutant, "--trace"), cwd=ROOT, check=False).returncode
     began = time.monotonic()
@@ -101,6 +111,15 @@ def command(seeds: range, *, trace: bool, jobs: int | None, mutant: str | None, 
         json.dump(vars(tally) | {"wall_s": time.monotonic() - began}, results, indent=2)
         results.write("\n")
     return 1 if tally.failed else 0
+
+
+def _check_mutant(name: str) -> None:
+    sys.path.insert(0, str(ROOT))
+    from tests.simulation.mutants import MUTANTS
+
+    names = [mutant.name for mutant in MUTANTS]
+    if name not in names:
+        raise click.UsageError(f"There is no mutant {name!r}; there are: {'; '.join(names)}.")
 
 
 def simulate_with_progress(seeds: range, jobs: int, mutant: str | None) -> Tally:

@@ -532,9 +532,10 @@ def _outages_paid(auction: _Auction, outages: Sequence[Outage], clock_error_ms: 
             if found != expected:
                 yield Violation("outage", auction.id, paid, f"{name} moves the end to {expected}, not to {found}")
             continue
-        # Which events came before its end is not known better than the clocks are.
+        # Which events came before its end is not known better than the clocks are; and time may be paid ahead.
+        ahead = max(one.back for one in outages if one.down <= outage.down and auction.id in one.auctions)
         least = sum(row.at < outage.back - clock_error_ms for row in auction.rows)
-        most = sum(row.at <= outage.back + clock_error_ms for row in auction.rows)
+        most = sum(row.at <= max(outage.back, ahead) + clock_error_ms for row in auction.rows)
         ends = [_end_after(auction, outage, seq) for seq in range(least, most + 1)]
         if all(end is not None for end in ends):
             yield Violation("outage", auction.id, least, f"{name} should have moved the end to {ends[0]}")

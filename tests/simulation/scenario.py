@@ -373,7 +373,7 @@ class Nemesis:
             self.world.after(int(random.uniform(0.2, acts_s) * SECOND_US), self._happen, kind)
 
     def heal(self) -> None:
-        """Nothing breaks any more, and what is broken is mended."""
+        """Begin nothing new, and mend what is broken."""
         self._is_over = True
         for process in self.house.living():
             process.set_drift(0)

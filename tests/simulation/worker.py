@@ -8,6 +8,7 @@ It comes before all other imports that limits are lowered, so that a few seconds
 import argparse
 import json
 import logging
+import signal
 import sys
 import traceback
 from time import process_time
@@ -34,6 +35,9 @@ def main() -> None:
     parser.add_argument("--mutant")
     parser.add_argument("--trace", action="store_true")
     options = parser.parse_args()
+    # Whoever runs us says what is to be said about an interruption.
+    for number in (signal.SIGINT, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_DFL)
     logging.disable()
     lower_limits()
     if options.mutant is not None:
