@@ -103,7 +103,9 @@ def command(seeds: range, *, trace: bool, jobs: int | None, mutant: str | None, 
     if trace and (results is not None or jobs is not None):
         raise click.UsageError("--trace tells all that there is; it goes with neither --json nor --jobs.")
     if trace:
-        return subprocess.run(_worker(seeds.start, seeds.stop, 1, mutant, "--trace"), cwd=ROOT, check=False).returncode
+        os.chdir(ROOT)
+        # In our place: whoever ends us ends it.
+        os.execv(sys.executable, _worker(seeds.start, seeds.stop, 1, mutant, "--trace"))  # noqa: S606 (no shell is wanted)
     began = time.monotonic()
     tally = simulate_with_progress(seeds, jobs or os.cpu_count() or 1, mutant)
     print_results(tally, time.monotonic() - began, mutant)
