@@ -69,7 +69,6 @@ class World:
         os.urandom = Random(f"bytes {self.seed}").randbytes
         # When garbage is collected must not matter: not while the world runs, and then only what it left.
         gc.disable()
-        gc.freeze()
         return self
 
     def __exit__(
@@ -77,7 +76,6 @@ class World:
     ) -> None:
         self.close()
         os.urandom = self._urandom
-        gc.unfreeze()
         if self._is_collecting:
             gc.enable()
 
