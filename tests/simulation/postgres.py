@@ -10,6 +10,7 @@ The parts, from the top down: the server and its sessions; asyncpg's connections
 import asyncio
 import math
 import re
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable
 from contextlib import asynccontextmanager
@@ -935,15 +936,15 @@ def _nothing() -> Generator[Lock, None, list[Values]]:
     return []
 
 
-class Clause:
+class Clause(ABC):
     """A part of a statement, compiled."""
 
     columns: list[str]
     """The names of what it returns."""
 
+    @abstractmethod
     def run(self, execution: Execution) -> Generator[Lock, None, list[Values]]:
         """Do it, waiting for locks where it must, and return rows."""
-        raise NotImplementedError
 
 
 class Select(Clause):
