@@ -42,7 +42,7 @@ lock: ## choose the newest versions again and write requirements.lock
 	@$(LOCK_PYTHON) -m venv --clear $(VENV)/lock
 	@$(VENV)/lock/bin/python -m pip install --quiet pip-tools
 	@cd $(ROOT) && PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS= PIP_EXTRA_INDEX_URL= \
-		$(VENV)/lock/bin/pip-compile --quiet --upgrade --extra test --all-build-deps --generate-hashes \
+		$(VENV)/lock/bin/pip-compile --quiet --upgrade --extra load --extra test --all-build-deps --generate-hashes \
 		--no-emit-index-url --no-emit-find-links --no-header --strip-extras --allow-unsafe \
 		--output-file requirements.lock pyproject.toml
 	@rm -rf $(VENV)/lock

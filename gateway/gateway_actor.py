@@ -1,4 +1,4 @@
-"""The Ray actor around a gateway, and its wiring: one process that serves HTTP and WebSocket on one port.
+"""The Ray actor around a gateway, and its door: one process that serves HTTP and WebSocket on one port.
 
 Several may share the port (`SO_REUSEPORT`); the kernel spreads connections over them.
 """
@@ -17,12 +17,11 @@ import uvicorn
 from actors.bootstrap import Host, Place, host_of, keep_synchronised, set_up_logging, settle_memory
 from actors.clock import Clock
 from actors.database import ERRORS
-from actors.directory import Directory, Owner
-from actors.link import Link
+from actors.directory import Directory
 from actors.ray_actor import begin, die_if_failed, spawn
 from gateway.api.edge import HEALTHY, Edge
 from gateway.app import create_app
-from gateway.fanout import Fanout
+from gateway.bootstrap import connect
 from gateway.router import Router
 from gateway.socket import HttpProtocol, Sockets, make_protocol
 from gateway.tokens import Verifier
@@ -51,7 +50,6 @@ class RunningGateway:
         self._name = name
         self._pool = pool
         self._clock = clock
-        self._directory = Directory(pool)
         self._sockets = Sockets()
         self._router: Router
         self._server: uvicorn.Server
@@ -59,9 +57,7 @@ class RunningGateway:
 
     async def serve(self, door: Door) -> None:
         """Open the links and the port; return when bids can be placed."""
-        self._router = Router(await self._directory.slots())
-        fanout = Fanout(self._router)
-        self._router.connect({owner.shard: self._link(owner.shard, fanout) for owner in await self._directory.owners()})
+        self._router, fanout = await connect(self._host, self._name, Directory(self._pool))
         verifier = Verifier(door.public_key)
         edge = Edge(router=self._router, verifier=verifier, pool=self._pool, clock=self._clock, health=self._health)
         config = uvicorn.Config(
@@ -76,7 +72,6 @@ class RunningGateway:
             timeout_graceful_shutdown=_STOP_S,
         )
         self._server = uvicorn.Server(config)
-        await self._router.opened()
         loop = asyncio.get_running_loop()
         self._tasks = [
             loop.create_task(self._server.serve(sockets=[_listening_socket(door.host, door.port)])),
@@ -103,20 +98,6 @@ class RunningGateway:
             task.cancel()
         await self._router.close()
         await self._pool.close()
-
-    def _link(self, shard: int, fanout: Fanout) -> Link:
-        return Link(
-            gateway=self._name,
-            shard=shard,
-            secret=self._host.secret,
-            network=self._host.network,
-            find_owner=self._find_owner,
-            on_published=fanout.published,
-            on_open=fanout.resubscribe,
-        )
-
-    async def _find_owner(self, shard: int) -> Owner | None:
-        return next((owner for owner in await self._directory.owners() if owner.shard == shard), None)
 
     async def _tick(self) -> NoReturn:
         while True:

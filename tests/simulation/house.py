@@ -8,11 +8,10 @@ from uuid import UUID, uuid4
 from actors.bootstrap import Host, RunningShard, keep_synchronised, start_shard
 from actors.clock import Clock
 from actors.database import ERRORS
-from actors.directory import Directory, Owner
+from actors.directory import Directory
 from actors.journal import Unreadable
-from actors.link import Link
 from actors.messages import Answer, Payload
-from gateway.fanout import Fanout
+from gateway.bootstrap import connect
 from gateway.router import Router
 from gateway.session import Session
 from gateway.socket import ClientSocket, Sockets
@@ -129,7 +128,7 @@ class House:
 
 
 class Gateway:
-    """One gateway, wired as `gateway_actor` does, without HTTP."""
+    """One gateway, without HTTP."""
 
     def __init__(self, process: Process, host: Host) -> None:
         self.process = process
@@ -137,7 +136,6 @@ class Gateway:
         self.router: Router
         self.sockets = Sockets()
         self._host = host
-        self._directory: Directory
 
     async def serve(self) -> None:
         """Open the links, then the door."""
@@ -145,11 +143,8 @@ class Gateway:
         pool = await host.database.pool()
         clock = Clock(host.monotonic_ns)
         await clock.synchronise(pool)
-        self._directory = Directory(pool)
-        router = self.router = Router(await self._directory.slots())
-        fanout = Fanout(router)
-        router.connect({owner.shard: self._link(owner.shard, fanout) for owner in await self._directory.owners()})
-        await router.opened()
+        router, fanout = await connect(host, self.process.name, Directory(pool))
+        self.router = router
         assert isinstance(host.network, SimulatedNetwork)
         listening = host.network.listen_now(
             lambda: ClientSocket(router, fanout, Session(uuid4(), _identify, clock()), clock, self.sockets),
@@ -158,20 +153,6 @@ class Gateway:
         self.address = listening.address
         self.process.spawn(keep_synchronised(clock, pool))
         self._tick(clock)
-
-    def _link(self, shard: int, fanout: Fanout) -> Link:
-        return Link(
-            gateway=self.process.name,
-            shard=shard,
-            secret=self._host.secret,
-            network=self._host.network,
-            find_owner=self._find_owner,
-            on_published=fanout.published,
-            on_open=fanout.resubscribe,
-        )
-
-    async def _find_owner(self, shard: int) -> Owner | None:
-        return next((owner for owner in await self._directory.owners() if owner.shard == shard), None)
 
     def _tick(self, clock: Clock) -> None:
         self.sockets.tick(clock())
