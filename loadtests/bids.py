@@ -17,7 +17,6 @@ from typing import Final
 from uuid import uuid4
 
 import numpy as np
-import uvloop
 
 from loadtests.clients import Client, Pace, connect, disconnect
 from loadtests.engine import Subject, cpu_seconds
@@ -83,27 +82,14 @@ class Measured:
         return run
 
 
-def run(subject: Subject, options: Options) -> list[Run]:
+async def run(subject: Subject, options: Options) -> list[Run]:
     """Put all loads on a subject, one after another. Raises `LoadFailed`."""
     seconds, sockets, rates = (1.5, 50, RATES[:2]) if options.quick else (SECONDS, SOCKETS, RATES)
     hot, *others = subject.open_auctions(1 + (100 if options.quick else AUCTIONS))
-    return uvloop.run(_run(subject, options, hot, others, sockets=sockets, seconds=seconds, rates=rates))
-
-
-async def _run(
-    subject: Subject,
-    options: Options,
-    hot: str,
-    others: Sequence[str],
-    *,
-    sockets: int,
-    seconds: float,
-    rates: Sequence[int],
-) -> list[Run]:
     load = f"closed loop, {sockets} sockets"
     options.report(load)
-    closed = ClosedLoop(subject, hot)
-    runs = [(await closed.run(sockets, seconds)).to_run("bids", subject, load, options.number)]
+    measured = await ClosedLoop(subject, hot).run(sockets, seconds)
+    runs = [measured.to_run("bids", subject, load, options.number)]
     opened = OpenLoop(subject, others)
     await opened.connect(sockets)
     try:
