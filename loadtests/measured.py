@@ -16,7 +16,7 @@ NS_PER_S: Final = 1_000_000_000
 BUSY_PERCENT: Final = 90
 """Of a core: a generator that takes more measures itself."""
 LATE_MS: Final = 5
-"""A generator whose sends leave later than this (p99) measures itself."""
+"""A generator whose sends leave later than this (p99) measures itself, or a machine that has no room for it."""
 
 _GROWTH: Final = math.log(1.01)
 """Each bucket of a histogram is 1 % wider than the one below it, so a percentile is at most 1 % off."""
@@ -155,5 +155,7 @@ def bottleneck_notes(cpu_percent: float, late: Latencies | None = None) -> list[
     if cpu_percent > BUSY_PERCENT:
         notes.append(f"The generator was the bottleneck: it took {cpu_percent:.0f} % of a core.")
     if late is not None and late.percentile_ms(99) > LATE_MS:
-        notes.append(f"The generator was the bottleneck: it sent {late.percentile_ms(99):.1f} ms late (p99).")
+        notes.append(
+            f"The generator or the machine was the bottleneck: bids left {late.percentile_ms(99):.1f} ms late (p99)."
+        )
     return notes
