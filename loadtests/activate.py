@@ -1,6 +1,7 @@
 """The scenario `activate`: an engine on a journal that holds very many auctions, all of them asleep.
 
-It starts engines of its own, on one folder: one on an empty journal, then one on the full one.
+Beside the subject, whose journal is empty, it starts engines of its own: an engine that finds a full journal must have
+been started on one.
 """
 
 import asyncio
@@ -8,15 +9,14 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
 
-import uvloop
-
 from loadtests.clients import TIMEOUT_S, Client, connect, disconnect
-from loadtests.engine import Engine, memory_bytes, own_engine
+from loadtests.engine import Engine, Subject, memory_bytes, own_engine
 from loadtests.journal import fill
 from loadtests.measured import Latencies, LoadFailed, Options, Run
 
@@ -26,35 +26,41 @@ TOUCHED: Final = 1_000
 QUICK_TOUCHED: Final = 50
 
 
-def run(options: Options) -> list[Run]:
+async def run(subject: Subject, options: Options) -> list[Run]:
     """Fill a journal, start an engine on it, and touch some auctions for the first time. Raises `LoadFailed`."""
     auctions, touched = (QUICK_AUCTIONS, QUICK_TOUCHED) if options.quick else (AUCTIONS, TOUCHED)
-    run = Run("activate", Engine.name, f"{auctions:,} auctions", options.number)
-    with tempfile.TemporaryDirectory(prefix="gavel-bench-") as folder:
-        # Postgres, as another user, must be able to reach it.
-        Path(folder).chmod(0o755)
-        data_dir = Path(folder) / "data"
+    run = Run("activate", subject.name, f"{auctions:,} auctions", options.number)
+    with _folder() as data_dir:
         options.report("starting an engine on an empty journal")
         began = time.perf_counter()
-        with own_engine(data_dir) as engine:
+        with own_engine(data_dir):
             run.figures["empty_ready_s"] = time.perf_counter() - began
-            without = _shards_bytes(engine)
             options.report(f"filling its journal with {auctions:,} auctions")
-            ids = uvloop.run(fill(data_dir, auctions))
+            ids = await fill(data_dir, auctions)
         options.report(f"starting an engine on {auctions:,} auctions")
         began = time.perf_counter()
         with own_engine(data_dir) as engine:
             run.figures["ready_s"] = time.perf_counter() - began
-            run.figures["bytes_per_auction"] = (_shards_bytes(engine) - without) / auctions
-            run.figures["shards_bytes"] = _shards_bytes(engine)
+            run.figures["shards_bytes"] = _shards_bytes(engine.processes())
+            asleep_bytes = run.figures["shards_bytes"] - _shards_bytes(subject.processes())
+            run.figures["bytes_per_auction"] = asleep_bytes / auctions
             options.report(f"touching {touched:,} auctions")
-            run.latencies["first_touch"] = uvloop.run(_touch(engine, random.sample(ids, touched)))
+            run.latencies["first_touch"] = await _touch(engine, random.sample(ids, touched))
     run.add_percentiles("first_touch")
     return [run]
 
 
-def _shards_bytes(engine: Engine) -> int:
-    return memory_bytes(engine.processes()["shard"])
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """A folder for the data of several engines, one after another."""
+    with tempfile.TemporaryDirectory(prefix="gavel-bench-") as folder:
+        # Postgres, as another user, must be able to reach it.
+        Path(folder).chmod(0o755)
+        yield Path(folder) / "data"
+
+
+def _shards_bytes(processes: Mapping[str, Sequence[int]]) -> int:
+    return memory_bytes(processes.get("shard", []))
 
 
 async def _touch(engine: Engine, auctions: Sequence[UUID]) -> Latencies:
@@ -82,7 +88,7 @@ class _Toucher(Client):
 
     async def touch(self, auction: UUID) -> int:
         """Subscribe to an auction, and leave it again; how many nanoseconds its state took."""
-        sent_ns = time.perf_counter_ns()
+        sent_ns = time.monotonic_ns()
         answered_ns, answer = await self._ask("subscribe", auction)
         if answer["type"] != "subscribed":
             raise LoadFailed(f"the engine shows no auction ({answer.get('message')})")
@@ -95,7 +101,7 @@ class _Toucher(Client):
         return await self._answer
 
     def on_message(self, message: bytes) -> None:
-        now_ns = time.perf_counter_ns()
+        now_ns = time.monotonic_ns()
         answer = json.loads(message)
         if answer.get("ref") == 1:
             self._answer.set_result((now_ns, answer))

@@ -3,8 +3,6 @@
 import asyncio
 from typing import Final
 
-import uvloop
-
 from engine.limits import HEARTBEAT_MS, SECOND_MS
 from loadtests.engine import Subject, cpu_seconds, memory_bytes
 from loadtests.measured import Options, Run, bottleneck_notes
@@ -20,17 +18,13 @@ DOORS: Final = ("gateway", "server")
 """The roles of processes that hold sockets."""
 
 
-def run(subject: Subject, options: Options) -> list[Run]:
+async def run(subject: Subject, options: Options) -> list[Run]:
     """Connect sockets, leave them alone for a while, then let them watch an auction. Raises `LoadFailed`.
 
     The subject has just been started: a server that has held sockets before keeps memory for more.
     """
-    (auction,) = subject.open_auctions(1)
-    return uvloop.run(_run(subject, options, auction))
-
-
-async def _run(subject: Subject, options: Options, auction: str) -> list[Run]:
     sockets, idle_s = (QUICK_SOCKETS, QUICK_IDLE_S) if options.quick else (SOCKETS, IDLE_S)
+    (auction,) = subject.open_auctions(1)
     processes = subject.processes()
     doors = [pid for role in DOORS for pid in processes.get(role, [])]
     with Watchers(subject, sockets) as watchers:

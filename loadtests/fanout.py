@@ -11,7 +11,6 @@ from typing import Final
 from uuid import uuid4
 
 import msgspec
-import uvloop
 
 from loadtests.clients import Client, Framing, Pace, connect, disconnect
 from loadtests.engine import Subject, cpu_seconds
@@ -33,14 +32,10 @@ HOPELESS_MS: Final = 1_000
 """With a p99 over this, bid to screen, a server sends all that it can, and at a higher rate would only fill memory."""
 
 
-def run(subject: Subject, options: Options) -> list[Run]:
+async def run(subject: Subject, options: Options) -> list[Run]:
     """Measure each rate once, on the same sockets. Raises `LoadFailed`."""
-    (auction,) = subject.open_auctions(1)
-    return uvloop.run(_run(subject, options, auction))
-
-
-async def _run(subject: Subject, options: Options, auction: str) -> list[Run]:
     sockets = QUICK_SOCKETS if options.quick else SOCKETS
+    (auction,) = subject.open_auctions(1)
     bidders = Bidders(subject, auction)
     runs: list[Run] = []
     with Watchers(subject, sockets) as watchers:
@@ -192,7 +187,7 @@ class Bidders:
             await asyncio.sleep(1 / rate)
         finally:
             pace.stop()
-        load.ended_ns = time.perf_counter_ns()
+        load.ended_ns = time.monotonic_ns()
         if any(client.lost is not None for client in self._clients):
             raise LoadFailed("the server closed a bidder's socket")
         return load
@@ -201,7 +196,7 @@ class Bidders:
         number = self._number
         self._number += 1
         client = self._clients[number % len(self._clients)]
-        self.load.sent(scheduled_ns, time.perf_counter_ns())
+        self.load.sent(scheduled_ns, time.monotonic_ns())
         client.send(self._bid % (number, number, STEP * (number + 1)))
 
 
@@ -221,7 +216,7 @@ class _Bidder(Client):
         self._bidders = bidders
 
     def on_message(self, message: bytes) -> None:
-        now_ns = time.perf_counter_ns()
+        now_ns = time.monotonic_ns()
         answer = _read_answer(message)
         load = self._bidders.load
         # What comes after its load is over, and was given up, counts no more.

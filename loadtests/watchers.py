@@ -10,7 +10,7 @@ import gc
 import json
 import multiprocessing
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, Final, Self
@@ -40,7 +40,7 @@ Numbers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Bids:
-    """Bids that were acknowledged, by rising `seq`; times of `time.perf_counter_ns`, which all processes share."""
+    """Bids that were acknowledged, by rising `seq`; times of `time.monotonic_ns`, which all processes share."""
 
     seqs: Sequence[int]
     scheduled_ns: Sequence[int]
@@ -151,7 +151,7 @@ class _Watcher(Client):
         self._note = record.numbers.append
 
     def on_message(self, message: bytes) -> None:
-        now_ns = time.perf_counter_ns()
+        now_ns = time.monotonic_ns()
         record = self._record
         if message == record.frame:
             seq = record.seq
@@ -225,9 +225,9 @@ async def _answer(question: str | Bids | None, watchers: list[_Watcher], record:
             await _watch(question, watchers)
             return None
         case None:
-            began_ns = time.perf_counter_ns()
+            began_ns = time.monotonic_ns()
             await connect(watchers, url, AT_ONCE)
-            return (time.perf_counter_ns() - began_ns) / NS_PER_S
+            return (time.monotonic_ns() - began_ns) / NS_PER_S
 
 
 async def _watch(auction: str, watchers: list[_Watcher]) -> None:
@@ -247,15 +247,17 @@ async def _saw(bids: Bids, watchers: list[_Watcher], record: _Record) -> Screens
     deadline = time.monotonic() + DRAIN_TIMEOUT_S
     last = bids.seqs[-1] if bids.seqs else 0
     # To tell each of them what it waits for would make each of its frames dearer.
-    while any(  # noqa: ASYNC110
-        watcher.seq < last and watcher.lost is None for watcher in watchers
-    ) and time.monotonic() < deadline:
+    while _are_behind(watchers, last) and time.monotonic() < deadline:  # noqa: ASYNC110
         await asyncio.sleep(LOOK_S)
     frames = np.array(record.numbers, dtype=np.int64).reshape(-1, 3)
     del record.numbers[:]
     screens = screens_of(frames, bids, len(watchers))
     screens.lost = sum(watcher.lost is not None for watcher in watchers)
     return screens
+
+
+def _are_behind(watchers: Iterable[_Watcher], seq: int) -> bool:
+    return any(watcher.seq < seq and watcher.lost is None for watcher in watchers)
 
 
 # What the frames say
