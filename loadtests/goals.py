@@ -32,11 +32,11 @@ class Goal:
 
     @property
     def limit_words(self) -> str:
-        """The limit as a reader wants it: "at most 4 ms", "at least 40 × row_lock's"."""
+        """The limit as a reader wants it: "at most 4 ms", "at least 40x row_lock's"."""
         if not self.is_ratio:
             return f"{self.must_be} {words_of(self.figure, self.limit)}"
         of = f"{self.of_subject}'s" if self.of_load is None else f"that at {self.of_load}"
-        return f"{self.must_be} {self.limit:g} × {of}"
+        return f"{self.must_be} {self.limit:g}x {of}"
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Outcome:
         if not self.goal.is_ratio:
             return words_of(self.goal.figure, self.value)
         figure = self.goal.figure
-        return f"{self.value:.3g} × ({words_of(figure, self.ours)} / {words_of(figure, self.theirs)})"
+        return f"{self.value:.3g}x ({words_of(figure, self.ours)} / {words_of(figure, self.theirs)})"
 
     @property
     def spread_words(self) -> str:
@@ -76,7 +76,7 @@ class Outcome:
         if self.value is None or self.lowest == self.highest:
             return ""
         if self.goal.is_ratio:
-            return f"{self.lowest:.3g} to {self.highest:.3g} ×"
+            return f"{self.lowest:.3g} to {self.highest:.3g}x"
         return f"{number_words(self.lowest)} to {words_of(self.goal.figure, self.highest)}"
 
 
@@ -155,7 +155,7 @@ def words_of(figure: str, value: float) -> str:
 def number_words(value: float) -> str:
     """A number with three digits that count, or none where it was not measured."""
     if math.isnan(value):
-        return "–"
+        return "-"
     if value == int(value) or abs(value) >= 100:  # noqa: PLR2004 (three digits)
         return f"{value:,.0f}"
     return f"{value:.3g}"

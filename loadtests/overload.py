@@ -15,6 +15,8 @@ from loadtests.bids import AUCTIONS, SOCKETS, OpenLoop
 from loadtests.engine import Subject
 from loadtests.measured import LoadFailed, Options, Run
 
+TWICE: Final = "twice the knee"
+"""The name of the load that says what an engine does when it is asked for too much."""
 KNEE_MS: Final = 50
 FIRST_RATE: Final = 2_000
 GROWTH: Final = 1.5
@@ -72,7 +74,7 @@ class _Overload:
     async def go_to_twice(self, knee: int) -> None:
         """Put twice the rate of the knee on, and compare what is acknowledged with the most that ever was."""
         peak = max(run.figures["acks_per_second"] for run in self.runs)
-        run = await self._put_on(2 * knee, STEP_S if self._options.quick else SECONDS, "twice the knee")
+        run = await self._put_on(2 * knee, STEP_S if self._options.quick else SECONDS, TWICE)
         run.figures["knee_bids_per_second"] = knee
         run.figures["peak_acks_per_second"] = peak
         run.figures["goodput_percent"] = 100 * run.figures["acks_per_second"] / peak
