@@ -180,7 +180,7 @@ def started(
 
 
 def processes_of(pid: int, role: str, data_dir: Path | None) -> dict[str, list[int]]:
-    """The processes of a server that live now, by role: its first, which has `role`, what it started, and Postgres."""
+    """The living processes of a server by role: the first, which has this one, all that it started, and Postgres."""
     found = {role: [pid]}
     for process in psutil.Process(pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess):
