@@ -76,6 +76,8 @@ class Measured:
         run.figures["generator_cpu_percent"] = self.generator_cpu_percent
         if self.late is not None:
             run.figures["late_p99_ms"] = self.late.percentile_ms(99)
+        if self.cpu_us_per_ack:
+            run.figures["cpu_us_per_ack"] = sum(self.cpu_us_per_ack.values())
         run.figures |= {f"{role}_cpu_us_per_ack": cost for role, cost in self.cpu_us_per_ack.items()}
         run.series["acks_per_second"] = self.series
         run.notes = bottleneck_notes(self.generator_cpu_percent, self.late)
@@ -374,6 +376,7 @@ def _prefix() -> str:
 
 def _meter() -> GeneratorMeter:
     """Begin to measure ourselves, with a garbage collector that need not look at what was there before."""
+    gc.unfreeze()
     gc.collect()
     gc.freeze()
     return GeneratorMeter()

@@ -148,7 +148,7 @@ def words_of(figure: str, value: float) -> str:
         if figure.endswith(ending):
             return f"{number_words(value)}{unit}"
     if figure.startswith("bytes_per"):
-        return f"{value / 1024:,.1f} KB"
+        return f"{value / 1024:,.1f}\N{NO-BREAK SPACE}KB"
     return number_words(value)
 
 
@@ -161,7 +161,7 @@ def number_words(value: float) -> str:
     return f"{value:.3g}"
 
 
-_UNITS: Final = {"_per_second": "/s", "_ms": " ms", "_percent": " %", "_s": " s", "_us_per_ack": " µs"}
+_UNITS: Final = {"_per_second": "/s", "_ms": "\N{NO-BREAK SPACE}ms", "_percent": "\N{NO-BREAK SPACE}%", "_s": "\N{NO-BREAK SPACE}s", "_us_per_ack": "\N{NO-BREAK SPACE}µs"}
 
 
 def _outcome(goal: Goal, runs: Sequence[Run]) -> Outcome:

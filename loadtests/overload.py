@@ -73,8 +73,8 @@ class _Overload:
 
     async def go_to_twice(self, knee: int) -> None:
         """Put twice the rate of the knee on, and compare what is acknowledged with the most that ever was."""
-        peak = max(run.figures["acks_per_second"] for run in self.runs)
         run = await self._put_on(2 * knee, STEP_S if self._options.quick else SECONDS, TWICE)
+        peak = max(run.figures["acks_per_second"] for run in self.runs)
         run.figures["knee_bids_per_second"] = knee
         run.figures["peak_acks_per_second"] = peak
         run.figures["goodput_percent"] = 100 * run.figures["acks_per_second"] / peak

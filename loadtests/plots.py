@@ -25,9 +25,11 @@ _TITLES: Final = {
     "ws": "Node's ws",
     "socketio": "Socket.IO",
 }
+_OWN: Final = "#0072B2"
+"""Our colour. A page may give it another shade, as its variable `--own`."""
 # Okabe and Ito's colours, which the colour-blind can tell apart too, on light and on dark; and dashes besides.
 _LINES: Final[dict[str, dict[str, Any]]] = {
-    "gavel": {"color": "#0072B2", "linestyle": "-"},
+    "gavel": {"color": _OWN, "linestyle": "-"},
     "row_lock": {"color": "#D55E00", "linestyle": "--"},
     "ray_calls": {"color": "#009E73", "linestyle": "-."},
     "ws": {"color": "#E69F00", "linestyle": ":"},
@@ -57,7 +59,7 @@ _SETTINGS: Final[Any] = {
     "lines.linewidth": 1.6,
 }
 _SIZE_INCHES: Final = (4.6, 3.1)
-_PERCENTS: Final = (0, 50, 90, 99, 99.9, 99.99, 99.999)
+_PERCENTS: Final = (50, 90, 99, 99.9, 99.99, 99.999)
 _POINTS_PER_DECADE: Final = 20
 _COSTS: Final = {
     "bytes_per_socket": ("Memory of an idle socket", "KB", 1024),
@@ -212,4 +214,5 @@ def _inline(svg: str) -> str:
     own = f"plot{next(_NUMBERS)}-"
     rest = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{own}", rest)
     rest = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 system-ui, sans-serif", rest)
-    return f'{head} role="img">{rest}'.replace(_INK, "currentColor")
+    rest = rest.replace(_INK, "currentColor").replace(_OWN.lower(), f"var(--own, {_OWN})")
+    return f'{head} role="img">{rest}'

@@ -122,7 +122,7 @@ def _section(name: str, about: str, runs: Sequence[Run]) -> Section:
 
 def _is_shown(figure: str) -> bool:
     # What a page has no room for stands in the JSON.
-    return not figure.endswith(("_p90_ms", "_max_ms")) and not figure.startswith("refused_")
+    return not figure.endswith(("_p90_ms", "_max_ms", "_cpu_us_per_ack")) and not figure.startswith("refused_")
 
 
 def _spread(figure: str, runs: Sequence[Run]) -> str:
