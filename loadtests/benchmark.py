@@ -37,7 +37,9 @@ def plan(scenarios: Sequence[Scenario], repetitions: int | None, *, is_quick: bo
     """
     if is_quick:
         subjects = dict.fromkeys(name for scenario in scenarios for name in scenario.subjects)
-        stands = [Stand(name, 0, tuple(one for one in scenarios if name in one.subjects)) for name in subjects]
+        shared = [one for one in scenarios if not one.starts_its_own]
+        stands = [Stand(name, 0, tuple(one for one in shared if name in one.subjects)) for name in subjects]
+        stands += [Stand(GAVEL, 0, (one,)) for one in scenarios if one.starts_its_own]
     else:
         stands = [
             Stand(name, number, (scenario,))
@@ -45,7 +47,7 @@ def plan(scenarios: Sequence[Scenario], repetitions: int | None, *, is_quick: bo
             for number in range(repetitions or scenario.repetitions)
             for name in scenario.subjects
         ]
-    return [stand for stand in stands if with_peers or stand.subject == GAVEL]
+    return [stand for stand in stands if stand.scenarios and (with_peers or stand.subject == GAVEL)]
 
 
 def measure(
@@ -60,7 +62,7 @@ def measure(
     runs: list[Run] = []
     report("starting")
     try:
-        with nullcontext(running) if running is not None else _started(stand.subject) as subject:
+        with nullcontext(running) if running is not None else _started(stand) as subject:
             for scenario in stand.scenarios:
                 options = Options(is_quick, stand.number, partial(_report_of, scenario, report))
                 try:
@@ -76,8 +78,10 @@ def _report_of(scenario: Scenario, report: Callable[[str], None], doing: str) ->
     report(f"{scenario.name}: {doing}")
 
 
-def _started(subject: str) -> AbstractContextManager[Subject]:
-    return own_engine() if subject == GAVEL else running_peer(subject, PEER_AUCTIONS)
+def _started(stand: Stand) -> AbstractContextManager[Subject | None]:
+    if all(scenario.starts_its_own for scenario in stand.scenarios):
+        return nullcontext()
+    return own_engine() if stand.subject == GAVEL else running_peer(stand.subject, PEER_AUCTIONS)
 
 
 def _without_figures(scenario: Scenario, stand: Stand, load: str, reason: str) -> Run:

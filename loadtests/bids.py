@@ -17,6 +17,7 @@ from typing import Final
 from uuid import uuid4
 
 import numpy as np
+import uvloop
 
 from loadtests.clients import Client, Pace, connect, disconnect
 from loadtests.engine import Subject, cpu_seconds
@@ -24,6 +25,9 @@ from loadtests.measured import NS_PER_S, GeneratorMeter, Latencies, LoadFailed, 
 
 SOCKETS: Final = 500
 AUCTIONS: Final = 1_000
+QUICK_SOCKETS: Final = 50
+QUICK_AUCTIONS: Final = 100
+QUICK_SECONDS: Final = 1.5
 SECONDS: Final = 6.0
 """Of each load, its first second (the warm-up) included."""
 WARM_UP_S: Final = 1.0
@@ -84,10 +88,14 @@ class Measured:
         return run
 
 
-async def run(subject: Subject, options: Options) -> list[Run]:
+def run(subject: Subject, options: Options) -> list[Run]:
     """Put all loads on a subject, one after another. Raises `LoadFailed`."""
-    seconds, sockets, rates = (1.5, 50, RATES[:2]) if options.quick else (SECONDS, SOCKETS, RATES)
-    hot, *others = subject.open_auctions(1 + (100 if options.quick else AUCTIONS))
+    hot, *others = subject.open_auctions(1 + (QUICK_AUCTIONS if options.quick else AUCTIONS))
+    return uvloop.run(_run(subject, options, hot, others))
+
+
+async def _run(subject: Subject, options: Options, hot: str, others: Sequence[str]) -> list[Run]:
+    seconds, sockets, rates = (QUICK_SECONDS, QUICK_SOCKETS, RATES[:2]) if options.quick else (SECONDS, SOCKETS, RATES)
     load = f"closed loop, {sockets} sockets"
     options.report(load)
     measured = await ClosedLoop(subject, hot).run(sockets, seconds)

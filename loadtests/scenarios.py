@@ -22,11 +22,13 @@ class Scenario:
     repetitions: int = 3
     """How often it is run unless one says otherwise."""
 
-    def run(self, subject: "Subject", options: "Options") -> "list[Run]":
-        """Put the scenario's loads on a subject that was started for the purpose. Raises `LoadFailed`."""
-        import uvloop  # noqa: PLC0415 (see above)
+    starts_its_own: bool = False
+    """Whether it starts engines itself, instead of being given a subject."""
 
-        runs: list[Run] = uvloop.run(import_module(f"loadtests.{self.name}").run(subject, options))
+    def run(self, subject: "Subject | None", options: "Options") -> "list[Run]":
+        """Put the scenario's loads on a subject that was started for the purpose. Raises `LoadFailed`."""
+        module = import_module(f"loadtests.{self.name}")
+        runs: list[Run] = module.run(options) if self.starts_its_own else module.run(subject, options)
         return runs
 
 
@@ -41,6 +43,33 @@ SCENARIOS: Final = {
         Scenario(
             "overload",
             "Twice the rate at which one core is full: what is still acknowledged, and how fast.",
+            repetitions=1,
+        ),
+        Scenario(
+            "fanout",
+            "10,000 sockets watch one auction: how long until a bid is on all their screens.",
+            subjects=("gavel", "ws", "socketio"),
+            repetitions=2,
+        ),
+        Scenario(
+            "connect",
+            "How fast 10,000 sockets are let in, and what they cost while nothing happens.",
+            subjects=("gavel", "ws"),
+            repetitions=2,
+        ),
+        Scenario(
+            "timers",
+            "10,000 auctions are open, and 1,000 of them end within one second: how late a client hears of it.",
+        ),
+        Scenario(
+            "activate",
+            "100,000 auctions in the journal: the start, the memory, the first touch.",
+            repetitions=2,
+            starts_its_own=True,
+        ),
+        Scenario(
+            "recover",
+            "A shard is killed under load, 20 times: how long until bids are acknowledged again.",
             repetitions=1,
         ),
     )

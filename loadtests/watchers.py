@@ -247,9 +247,12 @@ async def _saw(bids: Bids, watchers: list[_Watcher], record: _Record) -> Screens
     deadline = time.monotonic() + DRAIN_TIMEOUT_S
     last = bids.seqs[-1] if bids.seqs else 0
     # To tell each of them what it waits for would make each of its frames dearer.
-    while any(  # noqa: ASYNC110
-        watcher.seq < last and watcher.lost is None for watcher in watchers
-    ) and time.monotonic() < deadline:
+    while (
+        any(  # noqa: ASYNC110
+            watcher.seq < last and watcher.lost is None for watcher in watchers
+        )
+        and time.monotonic() < deadline
+    ):
         await asyncio.sleep(LOOK_S)
     frames = np.array(record.numbers, dtype=np.int64).reshape(-1, 3)
     del record.numbers[:]
