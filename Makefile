@@ -49,7 +49,7 @@ lock: ## choose the newest versions again and write requirements.lock
 
 clean: ## remove everything that make has made
 	@cd $(ROOT) && rm -rf $(VENV) .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache \
-		.ruff_cache build gavel.egg-info
+		.ruff_cache build gavel.egg-info loadtests/peers/node/node_modules
 	@cd $(ROOT) && find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): $(ROOT)/requirements.lock $(ROOT)/pyproject.toml

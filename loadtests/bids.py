@@ -17,6 +17,7 @@ from typing import Final
 from uuid import uuid4
 
 import numpy as np
+import uvloop
 
 from loadtests.clients import Client, Pace, connect, disconnect
 from loadtests.engine import Subject, cpu_seconds
@@ -24,6 +25,9 @@ from loadtests.measured import NS_PER_S, GeneratorMeter, Latencies, LoadFailed, 
 
 SOCKETS: Final = 500
 AUCTIONS: Final = 1_000
+QUICK_SOCKETS: Final = 50
+QUICK_AUCTIONS: Final = 100
+QUICK_SECONDS: Final = 1.5
 SECONDS: Final = 6.0
 """Of each load, its first second (the warm-up) included."""
 WARM_UP_S: Final = 1.0
@@ -76,16 +80,22 @@ class Measured:
         run.figures["generator_cpu_percent"] = self.generator_cpu_percent
         if self.late is not None:
             run.figures["late_p99_ms"] = self.late.percentile_ms(99)
+        if self.cpu_us_per_ack:
+            run.figures["cpu_us_per_ack"] = sum(self.cpu_us_per_ack.values())
         run.figures |= {f"{role}_cpu_us_per_ack": cost for role, cost in self.cpu_us_per_ack.items()}
         run.series["acks_per_second"] = self.series
         run.notes = bottleneck_notes(self.generator_cpu_percent, self.late)
         return run
 
 
-async def run(subject: Subject, options: Options) -> list[Run]:
+def run(subject: Subject, options: Options) -> list[Run]:
     """Put all loads on a subject, one after another. Raises `LoadFailed`."""
-    seconds, sockets, rates = (1.5, 50, RATES[:2]) if options.quick else (SECONDS, SOCKETS, RATES)
-    hot, *others = subject.open_auctions(1 + (100 if options.quick else AUCTIONS))
+    hot, *others = subject.open_auctions(1 + (QUICK_AUCTIONS if options.quick else AUCTIONS))
+    return uvloop.run(_run(subject, options, hot, others))
+
+
+async def _run(subject: Subject, options: Options, hot: str, others: Sequence[str]) -> list[Run]:
+    seconds, sockets, rates = (QUICK_SECONDS, QUICK_SOCKETS, RATES[:2]) if options.quick else (SECONDS, SOCKETS, RATES)
     load = f"closed loop, {sockets} sockets"
     options.report(load)
     measured = await ClosedLoop(subject, hot).run(sockets, seconds)
@@ -374,6 +384,7 @@ def _prefix() -> str:
 
 def _meter() -> GeneratorMeter:
     """Begin to measure ourselves, with a garbage collector that need not look at what was there before."""
+    gc.unfreeze()
     gc.collect()
     gc.freeze()
     return GeneratorMeter()

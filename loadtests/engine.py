@@ -70,13 +70,13 @@ class Subject(Protocol):
 class Engine:
     """A running Gavel."""
 
-    name = "gavel"
-    framing = PLAIN
+    name: str = "gavel"
+    framing: Framing = PLAIN
 
     def __init__(self, url: str, data_dir: Path, pid: int | None = None) -> None:
         """`pid`: that of its `gavel up`, without which its processes are not known."""
         self.url = url.rstrip("/")
-        self.data_dir = data_dir
+        self.data_dir: Path | None = data_dir
         self._pid = pid
         try:
             # The private key comes first in it.
@@ -127,16 +127,7 @@ class Engine:
     def processes(self) -> dict[str, list[int]]:
         if self._pid is None:
             return {}
-        found: dict[str, list[int]] = {}
-        for process in psutil.Process(self._pid).children(recursive=True):
-            with suppress(psutil.NoSuchProcess):
-                title = next(iter(process.cmdline()), "")
-                role = next((role for prefix, role in _ROLES.items() if title.startswith(prefix)), "other")
-                found.setdefault(role, []).append(process.pid)
-        found.setdefault("other", []).append(self._pid)
-        # The embedded Postgres is nobody's child, but works in its folder.
-        found["postgres"] = _working_in(self.data_dir / "postgres")
-        return found
+        return processes_of(self._pid, "other", self.data_dir)
 
 
 @contextmanager
@@ -186,6 +177,20 @@ def started(
             except subprocess.TimeoutExpired:
                 server.kill()
                 server.wait()
+
+
+def processes_of(pid: int, role: str, data_dir: Path | None) -> dict[str, list[int]]:
+    """The living processes of a server by role: the first, which has this one, all that it started, and Postgres."""
+    found = {role: [pid]}
+    for process in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            title = next(iter(process.cmdline()), "")
+            its_role = next((its_role for prefix, its_role in _ROLES.items() if title.startswith(prefix)), "other")
+            found.setdefault(its_role, []).append(process.pid)
+    if data_dir is not None:
+        # The embedded Postgres is nobody's child, but works in its folder.
+        found["postgres"] = _working_in(data_dir / "postgres")
+    return found
 
 
 def cpu_seconds(processes: Mapping[str, Sequence[int]]) -> dict[str, float]:

@@ -11,10 +11,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from loadtests.bids import AUCTIONS, SOCKETS, OpenLoop
+import uvloop
+
+from loadtests.bids import AUCTIONS, QUICK_AUCTIONS, QUICK_SOCKETS, SOCKETS, OpenLoop
 from loadtests.engine import Subject
 from loadtests.measured import LoadFailed, Options, Run
 
+TWICE: Final = "twice the knee"
+"""The name of the load that says what an engine does when it is asked for too much."""
 KNEE_MS: Final = 50
 FIRST_RATE: Final = 2_000
 GROWTH: Final = 1.5
@@ -26,18 +30,22 @@ _ROUND: Final = 1_000
 """Rates are whole bids a millisecond."""
 
 
-async def run(subject: Subject, options: Options) -> list[Run]:
+def run(subject: Subject, options: Options) -> list[Run]:
     """Find the knee of a subject and go to twice its rate. Raises `LoadFailed`."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if len(cores) < 2:  # noqa: PLR2004
         note = "Skipped: it needs Linux and two cores, one for the server and one for the generator."
         return [Run("overload", subject.name, "skipped", options.number, notes=[note])]
-    overload = _Overload(subject, options, subject.open_auctions(100 if options.quick else AUCTIONS))
-    await overload.opened.connect(50 if options.quick else SOCKETS)
+    auctions = subject.open_auctions(QUICK_AUCTIONS if options.quick else AUCTIONS)
+    with _on_cores(subject, set(cores[:1]), set(cores[1:])):
+        return uvloop.run(_run(subject, options, auctions))
+
+
+async def _run(subject: Subject, options: Options, auctions: list[str]) -> list[Run]:
+    overload = _Overload(subject, options, auctions)
+    await overload.opened.connect(QUICK_SOCKETS if options.quick else SOCKETS)
     try:
-        with _on_cores(subject, set(cores[:1]), set(cores[1:])):
-            knee = await overload.find_knee()
-            await overload.go_to_twice(knee)
+        await overload.go_to_twice(await overload.find_knee())
     finally:
         overload.opened.disconnect()
     return overload.runs
@@ -71,8 +79,8 @@ class _Overload:
 
     async def go_to_twice(self, knee: int) -> None:
         """Put twice the rate of the knee on, and compare what is acknowledged with the most that ever was."""
+        run = await self._put_on(2 * knee, STEP_S if self._options.quick else SECONDS, TWICE)
         peak = max(run.figures["acks_per_second"] for run in self.runs)
-        run = await self._put_on(2 * knee, STEP_S if self._options.quick else SECONDS, "twice the knee")
         run.figures["knee_bids_per_second"] = knee
         run.figures["peak_acks_per_second"] = peak
         run.figures["goodput_percent"] = 100 * run.figures["acks_per_second"] / peak
