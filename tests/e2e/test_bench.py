@@ -67,6 +67,30 @@ def test_a_quick_benchmark_measures_everything_and_leaves_nothing(folder: Path) 
     assert all(f'<h2 id="{name}">' in page for name in SCENARIOS)
 
 
+def test_a_running_engine_can_be_measured(engine: Engine, tmp_path: Path) -> None:
+    arguments = ("--quick", "--url", engine.url, "--data-dir", str(engine.data_dir), "--output", str(tmp_path))
+    measured = engine.gavel("bench", "bids", *arguments)
+    assert measured.returncode == 0, measured.stdout + measured.stderr
+    runs = json.loads((tmp_path / "report.json").read_text())["runs"]
+    assert {run["subject"] for run in runs} == {"gavel"}
+    assert all(run["figures"]["acks_per_second"] > 0 for run in runs)
+
+
+def test_an_engine_that_is_not_there_is_said(engine: Engine, tmp_path: Path) -> None:
+    arguments = (
+        "--quick",
+        "--url",
+        "http://127.0.0.1:1",
+        "--data-dir",
+        str(engine.data_dir),
+        "--output",
+        str(tmp_path),
+    )
+    measured = engine.gavel("bench", "bids", *arguments)
+    assert measured.returncode == 1
+    assert "bids on gavel, run 1, broke off: the engine at http://127.0.0.1:1 cannot be reached" in measured.stderr
+
+
 def _left(session: int, temporary: Path) -> list[str]:
     """What still lives or lies there: processes of a session or of a Postgres in that folder, and files."""
     left = [path.name for path in temporary.iterdir()]

@@ -9,6 +9,7 @@ from pydantic_core import PydanticUndefined
 
 from gavel.__main__ import COMMANDS
 from gavel.settings import PREFIX, Settings, default_data_dir
+from loadtests.scenarios import SCENARIOS
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 DATA_DIR_DEFAULT = "root: `/var/lib/gavel`; others: their data folder"
@@ -42,6 +43,13 @@ def test_the_default_folder_is_the_one_that_is_named(monkeypatch: pytest.MonkeyP
 
 def test_the_commands_are_those_that_there_are() -> None:
     assert table_under("The commands") == [[f"`gavel {name}`", sentence] for name, sentence in COMMANDS.items()]
+
+
+def test_the_scenarios_are_those_that_there_are() -> None:
+    assert table_under("Measure it") == [
+        [f"`{name}`", scenario.about[0].lower() + scenario.about[1:].rstrip(".")]
+        for name, scenario in SCENARIOS.items()
+    ]
 
 
 def test_the_python_is_ten_lines_that_compile() -> None:
