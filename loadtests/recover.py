@@ -15,6 +15,7 @@ from uuid import UUID, uuid4
 
 import msgspec
 import psutil
+import uvloop
 
 from loadtests.clients import Client, Pace, connect, disconnect
 from loadtests.engine import Subject
@@ -36,8 +37,12 @@ STEP: Final = 1_000
 SERIES_NS: Final = NS_PER_S // 20
 
 
-async def run(subject: Subject, options: Options) -> list[Run]:
+def run(subject: Subject, options: Options) -> list[Run]:
     """Kill the shards of a subject, one after another, under load. Raises `LoadFailed`."""
+    return uvloop.run(_run(subject, options))
+
+
+async def _run(subject: Subject, options: Options) -> list[Run]:
     kills = QUICK_KILLS if options.quick else KILLS
     load = _Load(subject, subject.open_auctions(AUCTIONS))
     recoveries = Latencies()

@@ -45,13 +45,18 @@ _ENVIRONMENT: Final = {
 _EVENT: Final = b'42["message",'
 
 
+# Functions with names, since a framing goes to generators in other processes.
+def _wrap(message: bytes) -> bytes:
+    return b"%b%b]" % (_EVENT, message)
+
+
 def _unwrap(text: bytes) -> bytes | None:
     return text[len(_EVENT) : -1] if text.startswith(_EVENT) else None
 
 
 SOCKETIO: Final = Framing(
     path="/socket.io/?EIO=4&transport=websocket",
-    encode=lambda message: b"%b%b]" % (_EVENT, message),
+    encode=_wrap,
     decode=_unwrap,
     # Its open packet is answered by a request to connect, and its ping by a pong.
     replies={b"0": b"40", b"2": b"3"},
