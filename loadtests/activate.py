@@ -16,9 +16,9 @@ from uuid import UUID
 
 import uvloop
 
+from loadtests import journal
 from loadtests.clients import TIMEOUT_S, Client, connect, disconnect
 from loadtests.engine import Engine, memory_bytes, own_engine
-from loadtests.journal import fill
 from loadtests.measured import Latencies, LoadFailed, Options, Run
 
 AUCTIONS: Final = 100_000
@@ -38,7 +38,7 @@ def run(options: Options) -> list[Run]:
             run.figures["empty_ready_s"] = time.perf_counter() - began
             empty_bytes = memory_bytes(engine.processes()["shard"])
             options.report(f"filling its journal with {auctions:,} auctions")
-            ids = uvloop.run(fill(data_dir, auctions))
+            ids = uvloop.run(_fill(data_dir, auctions))
         options.report(f"starting an engine on {auctions:,} auctions")
         began = time.perf_counter()
         with own_engine(data_dir) as engine:
@@ -58,6 +58,14 @@ def _folder() -> Iterator[Path]:
         # Postgres, as another user, must be able to reach it.
         Path(folder).chmod(0o755)
         yield Path(folder) / "data"
+
+
+async def _fill(data_dir: Path, auctions: int) -> list[UUID]:
+    connection = await journal.connect(data_dir)
+    try:
+        return await journal.fill(connection, auctions)
+    finally:
+        await connection.close()
 
 
 async def _touch(engine: Engine, auctions: Sequence[UUID]) -> Latencies:
