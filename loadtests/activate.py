@@ -1,7 +1,6 @@
 """The scenario `activate`: an engine on a journal that holds very many auctions, all of them asleep.
 
-Beside the subject, whose journal is empty, it starts engines of its own: an engine that finds a full journal must have
-been started on one.
+It starts engines of its own, on one folder: one on an empty journal, then one on the full one.
 """
 
 import asyncio
@@ -9,15 +8,17 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
 
+import uvloop
+
+from loadtests import journal
 from loadtests.clients import TIMEOUT_S, Client, connect, disconnect
-from loadtests.engine import Engine, Subject, memory_bytes, own_engine
-from loadtests.journal import fill
+from loadtests.engine import Engine, memory_bytes, own_engine
 from loadtests.measured import Latencies, LoadFailed, Options, Run
 
 AUCTIONS: Final = 100_000
@@ -26,26 +27,26 @@ TOUCHED: Final = 1_000
 QUICK_TOUCHED: Final = 50
 
 
-async def run(subject: Subject, options: Options) -> list[Run]:
+def run(options: Options) -> list[Run]:
     """Fill a journal, start an engine on it, and touch some auctions for the first time. Raises `LoadFailed`."""
     auctions, touched = (QUICK_AUCTIONS, QUICK_TOUCHED) if options.quick else (AUCTIONS, TOUCHED)
-    run = Run("activate", subject.name, f"{auctions:,} auctions", options.number)
+    run = Run("activate", Engine.name, f"{auctions:,} auctions", options.number)
     with _folder() as data_dir:
         options.report("starting an engine on an empty journal")
         began = time.perf_counter()
-        with own_engine(data_dir):
+        with own_engine(data_dir) as engine:
             run.figures["empty_ready_s"] = time.perf_counter() - began
+            empty_bytes = memory_bytes(engine.processes()["shard"])
             options.report(f"filling its journal with {auctions:,} auctions")
-            ids = await fill(data_dir, auctions)
+            ids = uvloop.run(_fill(data_dir, auctions))
         options.report(f"starting an engine on {auctions:,} auctions")
         began = time.perf_counter()
         with own_engine(data_dir) as engine:
             run.figures["ready_s"] = time.perf_counter() - began
-            run.figures["shards_bytes"] = _shards_bytes(engine.processes())
-            asleep_bytes = run.figures["shards_bytes"] - _shards_bytes(subject.processes())
-            run.figures["bytes_per_auction"] = asleep_bytes / auctions
+            run.figures["shards_bytes"] = memory_bytes(engine.processes()["shard"])
+            run.figures["bytes_per_auction"] = (run.figures["shards_bytes"] - empty_bytes) / auctions
             options.report(f"touching {touched:,} auctions")
-            run.latencies["first_touch"] = await _touch(engine, random.sample(ids, touched))
+            run.latencies["first_touch"] = uvloop.run(_touch(engine, random.sample(ids, touched)))
     run.add_percentiles("first_touch")
     return [run]
 
@@ -59,8 +60,12 @@ def _folder() -> Iterator[Path]:
         yield Path(folder) / "data"
 
 
-def _shards_bytes(processes: Mapping[str, Sequence[int]]) -> int:
-    return memory_bytes(processes.get("shard", []))
+async def _fill(data_dir: Path, auctions: int) -> list[UUID]:
+    connection = await journal.connect(data_dir)
+    try:
+        return await journal.fill(connection, auctions)
+    finally:
+        await connection.close()
 
 
 async def _touch(engine: Engine, auctions: Sequence[UUID]) -> Latencies:

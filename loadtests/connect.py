@@ -1,7 +1,10 @@
 """The scenario `connect`: how fast sockets are let in, and what they cost while nothing happens."""
 
 import asyncio
+import math
 from typing import Final
+
+import uvloop
 
 from engine.limits import HEARTBEAT_MS, SECOND_MS
 from loadtests.engine import Subject, cpu_seconds, memory_bytes
@@ -18,26 +21,28 @@ DOORS: Final = ("gateway", "server")
 """The roles of processes that hold sockets."""
 
 
-async def run(subject: Subject, options: Options) -> list[Run]:
+def run(subject: Subject, options: Options) -> list[Run]:
     """Connect sockets, leave them alone for a while, then let them watch an auction. Raises `LoadFailed`.
 
     The subject has just been started: a server that has held sockets before keeps memory for more.
     """
+    return uvloop.run(_run(subject, options))
+
+
+async def _run(subject: Subject, options: Options) -> list[Run]:
     sockets, idle_s = (QUICK_SOCKETS, QUICK_IDLE_S) if options.quick else (SOCKETS, IDLE_S)
     (auction,) = subject.open_auctions(1)
     processes = subject.processes()
     doors = [pid for role in DOORS for pid in processes.get(role, [])]
+    run = Run("connect", subject.name, f"{sockets:,} sockets", options.number)
     with Watchers(subject, sockets) as watchers:
         await watchers.ready()
-        run = Run("connect", subject.name, f"{sockets:,} sockets", options.number)
         run.figures["empty_cpu_percent"] = await _cpu_percent(doors, idle_s / 10)
-        generator = {"watchers": [watchers.pid]}
-        without, began = memory_bytes(doors), cpu_seconds(generator)["watchers"]
+        without, before = memory_bytes(doors), cpu_seconds({"": [watchers.pid]})[""]
         options.report(f"connecting {sockets:,} sockets")
         seconds = await watchers.connect()
         run.figures["sockets_per_second"] = sockets / seconds
-        run.figures["generator_cpu_percent"] = 100 * (cpu_seconds(generator)["watchers"] - began) / seconds
-        run.notes = bottleneck_notes(run.figures["generator_cpu_percent"])
+        run.figures["generator_cpu_percent"] = 100 * (cpu_seconds({"": [watchers.pid]})[""] - before) / seconds
         await asyncio.sleep(SETTLE_S)
         run.figures["bytes_per_socket"] = (memory_bytes(doors) - without) / sockets
         options.report(f"{sockets:,} sockets stand idle for {idle_s:.0f} s")
@@ -45,6 +50,11 @@ async def run(subject: Subject, options: Options) -> list[Run]:
         await watchers.watch(auction)
         await asyncio.sleep(SETTLE_S)
         run.figures["bytes_per_watching_socket"] = (memory_bytes(doors) - without) / sockets
+    run.notes = bottleneck_notes(run.figures["generator_cpu_percent"])
+    if not doors:
+        for name in ("empty_cpu_percent", "idle_cpu_percent", "bytes_per_socket", "bytes_per_watching_socket"):
+            run.figures[name] = math.nan
+        run.notes.append("The processes of a server that we did not start are not known: no memory, no processor time.")
     return [run]
 
 

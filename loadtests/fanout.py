@@ -11,6 +11,7 @@ from typing import Final
 from uuid import uuid4
 
 import msgspec
+import uvloop
 
 from loadtests.clients import Client, Framing, Pace, connect, disconnect
 from loadtests.engine import Subject, cpu_seconds
@@ -32,8 +33,12 @@ HOPELESS_MS: Final = 1_000
 """With a p99 over this, bid to screen, a server sends all that it can, and at a higher rate would only fill memory."""
 
 
-async def run(subject: Subject, options: Options) -> list[Run]:
+def run(subject: Subject, options: Options) -> list[Run]:
     """Measure each rate once, on the same sockets. Raises `LoadFailed`."""
+    return uvloop.run(_run(subject, options))
+
+
+async def _run(subject: Subject, options: Options) -> list[Run]:
     sockets = QUICK_SOCKETS if options.quick else SOCKETS
     (auction,) = subject.open_auctions(1)
     bidders = Bidders(subject, auction)

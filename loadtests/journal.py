@@ -28,40 +28,33 @@ _COLUMNS: Final = Row._fields[:8]
 _COMMANDS: Final = "SELECT command_id, hash FROM journal WHERE command_id IS NOT NULL"
 
 
-async def fill(data_dir: Path, auctions: int) -> list[UUID]:
+async def connect(data_dir: Path) -> asyncpg.Connection:
+    """A connection to the embedded Postgres of an engine that runs in this folder."""
+    return await asyncpg.connect(f"postgresql://postgres@/postgres?host={data_dir / 'postgres'}")
+
+
+async def fill(connection: asyncpg.Connection, auctions: int) -> list[UUID]:
     """Store so many open auctions that end in a month, with `BIDS` bids each. Returns their ids."""
     ids = [uuid4() for _ in range(auctions)]
-    connection = await _connect(data_dir)
-    try:
-        for first in range(0, auctions, ENTITIES_AT_ONCE):
-            rows: list[Row] = []
-            entities: list[EntityRow] = []
-            for auction in ids[first : first + ENTITIES_AT_ONCE]:
-                entity = Entity(auction)
-                rows += _history(entity)
-                entities.append(entity.row())
-            await _copy(connection, rows, entities)
-        # What Postgres does by itself within a minute.
-        await connection.execute("VACUUM ANALYZE journal, entities")
-    finally:
-        await connection.close()
+    for first in range(0, auctions, ENTITIES_AT_ONCE):
+        rows: list[Row] = []
+        entities: list[EntityRow] = []
+        for auction in ids[first : first + ENTITIES_AT_ONCE]:
+            entity = Entity(auction)
+            rows += _history(entity)
+            entities.append(entity.row())
+        await _copy(connection, rows, entities)
+    # What Postgres does by itself within a minute.
+    await connection.execute("VACUUM ANALYZE journal, entities")
     return ids
 
 
-async def hashes(data_dir: Path) -> dict[bytes, list[bytes]]:
+async def hashes(connection: asyncpg.Connection) -> dict[bytes, list[bytes]]:
     """The hashes of the events under which each command was stored, by its id; there should be one each."""
-    connection = await _connect(data_dir)
-    try:
-        stored: dict[bytes, list[bytes]] = {}
-        for known_by, event_hash in await connection.fetch(_COMMANDS):
-            stored.setdefault(known_by, []).append(event_hash)
-        return stored
-    finally:
-        await connection.close()
-
-
-async def _connect(data_dir: Path) -> asyncpg.Connection:
-    return await asyncpg.connect(f"postgresql://postgres@/postgres?host={data_dir / 'postgres'}")
+    stored: dict[bytes, list[bytes]] = {}
+    for known_by, event_hash in await connection.fetch(_COMMANDS):
+        stored.setdefault(known_by, []).append(event_hash)
+    return stored
 
 
 async def _copy(connection: asyncpg.Connection, rows: Sequence[Row], entities: Sequence[EntityRow]) -> None:

@@ -15,10 +15,11 @@ from uuid import UUID, uuid4
 
 import msgspec
 import psutil
+import uvloop
 
+from loadtests import journal
 from loadtests.clients import Client, Pace, connect, disconnect
 from loadtests.engine import Subject
-from loadtests.journal import hashes
 from loadtests.measured import NS_PER_S, GeneratorMeter, Latencies, LoadFailed, Options, Run, bottleneck_notes
 
 KILLS: Final = 20
@@ -36,8 +37,12 @@ STEP: Final = 1_000
 SERIES_NS: Final = NS_PER_S // 20
 
 
-async def run(subject: Subject, options: Options) -> list[Run]:
+def run(subject: Subject, options: Options) -> list[Run]:
     """Kill the shards of a subject, one after another, under load. Raises `LoadFailed`."""
+    return uvloop.run(_run(subject, options))
+
+
+async def _run(subject: Subject, options: Options) -> list[Run]:
     kills = QUICK_KILLS if options.quick else KILLS
     load = _Load(subject, subject.open_auctions(AUCTIONS))
     recoveries = Latencies()
@@ -74,7 +79,11 @@ async def run(subject: Subject, options: Options) -> list[Run]:
 async def _judge(subject: Subject, load: "_Load", run: Run) -> None:
     """Whether every acknowledged bid stands in the journal as it was acknowledged, and no bid twice."""
     assert subject.data_dir is not None, "we know its processes, so it is ours"
-    stored = await hashes(subject.data_dir)
+    connection = await journal.connect(subject.data_dir)
+    try:
+        stored = await journal.hashes(connection)
+    finally:
+        await connection.close()
     run.figures["lost"] = sum(event_hash not in stored.get(bid, ()) for bid, event_hash in load.acked.items())
     run.figures["counted_twice"] = sum(len(stored.get(bid, ())) > 1 for bid in load.acked)
 

@@ -9,6 +9,8 @@ import time
 from datetime import UTC, datetime
 from typing import Any, Final
 
+import uvloop
+
 from engine.limits import SECOND_MS, SUBSCRIPTIONS_MAX
 from loadtests.clients import Client, connect, disconnect
 from loadtests.engine import Subject
@@ -25,8 +27,12 @@ AHEAD_MS: Final = 2_000
 PATIENCE_S: Final = 30.0
 
 
-async def run(subject: Subject, options: Options) -> list[Run]:
+def run(subject: Subject, options: Options) -> list[Run]:
     """Open auctions, watch those that are soon due, and wait for their ends. Raises `LoadFailed`."""
+    return uvloop.run(_run(subject, options))
+
+
+async def _run(subject: Subject, options: Options) -> list[Run]:
     opened, due = (QUICK_OPEN, QUICK_DUE) if options.quick else (OPEN, DUE)
     options.report(f"opening {opened:,} auctions")
     began_ns = time.monotonic_ns()

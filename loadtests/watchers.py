@@ -9,6 +9,7 @@ import asyncio
 import gc
 import json
 import multiprocessing
+import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ AT_ONCE: Final = 200
 SUBSCRIBE_TIMEOUT_S: Final = 15.0
 DRAIN_TIMEOUT_S: Final = 60.0
 LOOK_S: Final = 0.05
+END_TIMEOUT_S: Final = 5.0
 FRAMES_AT_ONCE: Final = 100_000
 """Frames whose latencies are computed in one go."""
 
@@ -109,8 +111,10 @@ class Watchers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # They end when nobody can ask them any more.
+        # They end when nobody can ask them any more, unless they still wait for the last question's answer.
         self._pipe.close()
+        self._process.join(END_TIMEOUT_S)
+        self._process.terminate()
         self._process.join()
 
     async def _ask(self, question: "str | Bids | None") -> object:
@@ -194,6 +198,8 @@ def _number_after(message: bytes, place: int) -> int:
 
 
 def _main(pipe: "Connection[Any, Any]", url: str, framing: Framing, sockets: int) -> None:
+    # Ctrl-C is for whoever started us, and closes our pipe.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Unpickled it is another object, though the same in all its parts.
     uvloop.run(_serve(pipe, url, PLAIN if framing == PLAIN else framing, sockets))
 

@@ -45,7 +45,7 @@ _ENVIRONMENT: Final = {
 _EVENT: Final = b'42["message",'
 
 
-# Functions with names, since a framing goes to processes that are started anew.
+# Functions with names, since a framing goes to generators in other processes.
 def _wrap(message: bytes) -> bytes:
     return b"%b%b]" % (_EVENT, message)
 
