@@ -4,6 +4,7 @@ import asyncio
 import ctypes
 import itertools
 import json
+import math
 import os
 import resource
 import struct
@@ -187,10 +188,11 @@ class Pace:
         except AttributeError:
             raise LoadFailed("a load at a fixed rate needs Linux, whose timers are precise") from None
         # struct itimerspec: the interval, then the first expiration, each in seconds and nanoseconds. The timer need
-        # not stay in step by itself: each time it only makes us look at the clock.
-        step = divmod(max(1, int(self._step_ns)), NS_PER_S)
-        libc.timerfd_settime(self._timer, 0, struct.pack("qqqq", *step, 0, 1), None)
+        # not stay in step by itself: each time it only makes us look at the clock. But it must never be before it: what
+        # is not due yet waits for the next expiration.
+        step = divmod(math.ceil(self._step_ns), NS_PER_S)
         self._began_ns = time.monotonic_ns()
+        libc.timerfd_settime(self._timer, 0, struct.pack("qqqq", *step, 0, 1), None)
         asyncio.get_running_loop().add_reader(self._timer, self._tick)
 
     def stop(self) -> None:

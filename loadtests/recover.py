@@ -26,14 +26,14 @@ KILLS: Final = 20
 QUICK_KILLS: Final = 2
 AUCTIONS: Final = 50
 BIDDERS: Final = 2
-"""Of each auction; they bid in turn."""
+"""Of each auction; they bid in turn. Of two, a bid that overtakes others is no reason to refuse these."""
 RATE: Final = 1_000
 """Bids a second on all auctions together."""
 CALM_S: Final = 0.5
 """So long bids are taken before the next kill."""
 PATIENCE_S: Final = 30.0
 STEP: Final = 1_000
-"""By so much each maximum is over the one before: if two bids overtake one another, both are accepted all the same."""
+"""By so much each maximum is over the one before."""
 SERIES_NS: Final = NS_PER_S // 20
 
 
