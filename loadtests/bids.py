@@ -27,11 +27,13 @@ SOCKETS: Final = 500
 AUCTIONS: Final = 1_000
 QUICK_SOCKETS: Final = 50
 QUICK_AUCTIONS: Final = 100
-QUICK_SECONDS: Final = 1.5
+QUICK_SECONDS: Final = 0.75
 SECONDS: Final = 6.0
-"""Of each load, its first second (the warm-up) included."""
-WARM_UP_S: Final = 1.0
+"""Of each load, its warm-up included."""
+WARM_UP: Final = 1 / 6
+"""This share of a load, at its beginning, is not measured."""
 RATES: Final = (100, 1_000, 10_000)
+QUICK_RATES: Final = (1_000,)
 KEPT_UP: Final = 0.9
 """A subject that acknowledges less than this share of what it is sent is spared higher rates."""
 
@@ -95,7 +97,7 @@ def run(subject: Subject, options: Options) -> list[Run]:
 
 
 async def _run(subject: Subject, options: Options, hot: str, others: Sequence[str]) -> list[Run]:
-    seconds, sockets, rates = (QUICK_SECONDS, QUICK_SOCKETS, RATES[:2]) if options.quick else (SECONDS, SOCKETS, RATES)
+    seconds, sockets, rates = (QUICK_SECONDS, QUICK_SOCKETS, QUICK_RATES) if options.quick else (SECONDS, SOCKETS, RATES)
     load = f"closed loop, {sockets} sockets"
     options.report(load)
     measured = await ClosedLoop(subject, hot).run(sockets, seconds)
@@ -360,10 +362,10 @@ def _measured(
 ) -> Measured:
     """Put together what was measured. `acked_ns` is 0 where there was no answer and -1 where it was a refusal."""
     measured = Measured(
-        seconds - WARM_UP_S, refused=refused, unanswered=unanswered, late=late, cpu_us_per_ack=cpu_us_per_ack
+        seconds * (1 - WARM_UP), refused=refused, unanswered=unanswered, late=late, cpu_us_per_ack=cpu_us_per_ack
     )
     measured.generator_cpu_percent = generator_cpu_percent
-    begin_ns, end_ns = began_ns + int(WARM_UP_S * NS_PER_S), began_ns + int(seconds * NS_PER_S)
+    begin_ns, end_ns = began_ns + int(seconds * WARM_UP * NS_PER_S), began_ns + int(seconds * NS_PER_S)
     measured.acks = int(np.count_nonzero((acked_ns >= begin_ns) & (acked_ns < end_ns)))
     warm = (sent_ns >= begin_ns) & (acked_ns >= 0)
     until_ns = np.where(acked_ns[warm] == 0, time.monotonic_ns(), acked_ns[warm])

@@ -25,6 +25,7 @@ GROWTH: Final = 1.5
 RATE_MAX: Final = 100_000
 BISECTIONS: Final = 2
 STEP_S: Final = 2.0
+QUICK_STEP_S: Final = 0.75
 SECONDS: Final = 6.0
 _ROUND: Final = 1_000
 """Rates are whole bids a millisecond."""
@@ -45,7 +46,11 @@ async def _run(subject: Subject, options: Options, auctions: list[str]) -> list[
     overload = _Overload(subject, options, auctions)
     await overload.opened.connect(QUICK_SOCKETS if options.quick else SOCKETS)
     try:
-        await overload.go_to_twice(await overload.find_knee())
+        if options.quick:
+            await overload.is_over(knee := FIRST_RATE)
+        else:
+            knee = await overload.find_knee()
+        await overload.go_to_twice(knee)
     finally:
         overload.opened.disconnect()
     return overload.runs
@@ -63,15 +68,15 @@ class _Overload:
     async def find_knee(self) -> int:
         """The lowest rate seen, in bids a second, at which the p99 passes 50 ms."""
         low, high = 0, FIRST_RATE
-        while not await self._is_over(high) and not self._options.quick:
+        while not await self.is_over(high):
             low, high = high, _rounded(high * GROWTH)
             if high > RATE_MAX:
                 raise LoadFailed(f"the p99 stays under {KNEE_MS} ms up to {low:,} bids/s")
-        for _ in range(0 if self._options.quick else BISECTIONS):
+        for _ in range(BISECTIONS):
             middle = _rounded((low + high) / 2)
             if middle in {low, high}:
                 break
-            if await self._is_over(middle):
+            if await self.is_over(middle):
                 high = middle
             else:
                 low = middle
@@ -79,16 +84,18 @@ class _Overload:
 
     async def go_to_twice(self, knee: int) -> None:
         """Put twice the rate of the knee on, and compare what is acknowledged with the most that ever was."""
-        run = await self._put_on(2 * knee, STEP_S if self._options.quick else SECONDS, TWICE)
+        run = await self._put_on(2 * knee, QUICK_STEP_S if self._options.quick else SECONDS, TWICE)
         peak = max(run.figures["acks_per_second"] for run in self.runs)
         run.figures["knee_bids_per_second"] = knee
         run.figures["peak_acks_per_second"] = peak
         run.figures["goodput_percent"] = 100 * run.figures["acks_per_second"] / peak
 
-    async def _is_over(self, rate: int) -> bool:
+    async def is_over(self, rate: int) -> bool:
+        """Whether the p99 passes 50 ms at a rate."""
+        step_s = QUICK_STEP_S if self._options.quick else STEP_S
         # Twice, since once may be the machine.
         for _ in range(2):
-            run = await self._put_on(rate, STEP_S, f"{rate:,} bids/s")
+            run = await self._put_on(rate, step_s, f"{rate:,} bids/s")
             if run.figures["ack_p99_ms"] <= KNEE_MS:
                 return False
         return True
