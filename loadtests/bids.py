@@ -97,7 +97,9 @@ def run(subject: Subject, options: Options) -> list[Run]:
 
 
 async def _run(subject: Subject, options: Options, hot: str, others: Sequence[str]) -> list[Run]:
-    seconds, sockets, rates = (QUICK_SECONDS, QUICK_SOCKETS, QUICK_RATES) if options.quick else (SECONDS, SOCKETS, RATES)
+    seconds, sockets, rates = (
+        (QUICK_SECONDS, QUICK_SOCKETS, QUICK_RATES) if options.quick else (SECONDS, SOCKETS, RATES)
+    )
     load = f"closed loop, {sockets} sockets"
     options.report(load)
     measured = await ClosedLoop(subject, hot).run(sockets, seconds)
