@@ -16,9 +16,9 @@ The machine had other work, too, in the last row most of all: figures compare wi
 Of one auction, two at a time are enough: while one commits, the next waits for the lock already. More of them overtake
 one another, and a bid that was overtaken is too low. So both are bounded: all connections, and those of an auction.
 
-What was tried besides: both writes as one statement (a CTE) gave 14 to 35 % more bids on one auction; they are two here,
-as is usual. A foreign key from bids to auctions cost a tenth or more; there is none. asyncpg cleans a connection up
-after each use, which is one round trip more; there is nothing to clean up here, so it is told not to.
+What was tried besides: both writes as one statement (a CTE) gave 14 to 35 % more bids on one auction; they are two
+here, as is usual. A foreign key from bids to auctions cost a tenth or more; there is none. asyncpg cleans a connection
+up after each use, which is one round trip more; there is nothing to clean up here, so it is told not to.
 """
 
 import asyncio
