@@ -2,7 +2,7 @@
 
     locust -f loadtests/locustfile.py --headless -u 2000 -r 200 -t 60s -H http://127.0.0.1:8700
 
-`--help` lists the swarm's own options at its end (`swarm/options.py`). Requests of type WS in Locust's table:
+The swarm's own options stand in the README and in `swarm/options.py`. Requests of type WS in Locust's table:
 
 - `connect`: from opening the connection to `welcome`
 - `subscribe`, `resume`: to `subscribed`; `resume` from the first moment at which a lost user could have come back
@@ -30,7 +30,7 @@ from locust.runners import MasterRunner, Runner, WorkerRunner
 from gavel.errors import CommandError
 from loadtests.swarm.generator import Generator
 from loadtests.swarm.live import SECOND_NS, LiveUser
-from loadtests.swarm.options import HOST, add_options, refusal
+from loadtests.swarm.options import HOST, add_options, problem
 from loadtests.swarm.rooms import STEP, Plan, Room
 from loadtests.swarm.shapes import SHAPES
 from loadtests.swarm.stream import Message
@@ -62,7 +62,7 @@ class Visitor(LiveUser):
 
     def __init__(self, environment: Environment) -> None:
         shared = the_swarm()
-        super().__init__(environment, random.choice(shared.rooms), shared.drop_every_s)
+        super().__init__(environment, shared.url, random.choice(shared.rooms), shared.drop_every_s)
         self.shared = shared
 
 
@@ -251,8 +251,12 @@ class FeedReader(FastHttpUser):
     network_timeout = HTTP_TIMEOUT_S
     connection_timeout = HTTP_TIMEOUT_S
 
-    def on_start(self) -> None:
+    def __init__(self, environment: Environment) -> None:
+        self.host = the_swarm().url
+        super().__init__(environment)
         self._auctions: list[str] = []
+
+    def on_start(self) -> None:
         self.read_list()
 
     @task(3)
@@ -285,12 +289,14 @@ class Swarm:
         options = environment.parsed_options
         assert options is not None
         self.tokens = tokens
+        # Where this run began: on the page, the host can be changed while it lasts.
+        self.url = environment.host or HOST
         self.drop_every_s = float(options.drop_every_s)
         self.bid_every_s = float(options.bid_every_s)
         self._request_event = environment.events.request
         self._maker = tokens.maker(UUID(options.swarm_run))
         self._http = FastHttpSession(
-            environment.host or HOST,
+            self.url,
             self._request_event,
             user=None,
             network_timeout=HTTP_TIMEOUT_S,
@@ -340,29 +346,37 @@ def _now_ms() -> int:
 # What happens when
 
 
+def _check(environment: Environment) -> None:
+    """Raise `CommandError` where such a load must not be."""
+    assert environment.parsed_options is not None
+    sentence = problem(environment.host or HOST, environment.parsed_options)
+    if sentence is not None:
+        raise CommandError(sentence)
+
+
 def _on_init(environment: Environment, runner: Runner, **_named: object) -> None:
     options = environment.parsed_options
     assert options is not None
-    problem = refusal(environment.host or HOST, is_anywhere=options.anywhere)
     tokens = None
-    if problem is None and not isinstance(runner, MasterRunner):
-        try:
+    try:
+        _check(environment)
+        # A master brings no users.
+        if not isinstance(runner, MasterRunner):
             tokens = read_tokens(options.data_dir, options.tokens)
-        except CommandError as error:
-            problem = str(error)
-    if problem is not None:
-        sys.exit(f"gavel: {problem}")
+    except CommandError as error:
+        sys.exit(f"gavel: {error}")
     if options.shape != "none" and not isinstance(runner, WorkerRunner):
         environment.shape_class = SHAPES[options.shape]()
         environment.shape_class.runner = runner
     Generator(environment)
 
     def start(**_named: object) -> None:
-        # The page may have changed the host.
-        problem = refusal(environment.host or HOST, is_anywhere=options.anywhere)
-        if problem is not None:
+        try:
+            # Again: whoever started this run on the page may have changed what it shows.
+            _check(environment)
+        except CommandError as error:
             environment.process_exit_code = 1
-            raise StopTest(problem)
+            raise StopTest(str(error)) from None
         if not isinstance(runner, WorkerRunner):
             # Locust hands a run's options to its workers, these two among them.
             options.swarm_run, options.swarm_began_s = str(uuid4()), time.time()

@@ -14,9 +14,9 @@ from locust.runners import WorkerRunner
 logger = logging.getLogger("gavel.swarm")
 
 BEAT_S: Final = 0.02
-WINDOW_S: Final = 5.0
+WINDOW_S: Final = 2.0
 LATE_MS_MAX: Final = 25.0
-"""How late the 99th of 100 greenlets may wake; half of what a person would notice."""
+"""How late the latest of 100 wakings may be; half of what a person would notice."""
 CPU_PERCENT_MAX: Final = 90.0
 """Where Locust warns, too."""
 
@@ -36,7 +36,7 @@ class Generator:
 
     def _start(self, **_named: object) -> None:
         self._greenlet.kill()
-        self._worst = {"cpu_percent": 0.0, "late_p99_ms": 0.0}
+        self._worst = {}
         self._workers.clear()
         self._greenlet = gevent.spawn(self._watch)
 
@@ -45,8 +45,10 @@ class Generator:
         if self._is_worker:
             return
         for worker, worst in (self._workers or {"this process": self._worst}).items():
-            level = logging.WARNING if is_bottleneck(worst) else logging.INFO
-            logger.log(level, "%s, in its worst 5 s: %s", worker, sentence(worst))
+            # A run that is over within the first seconds has no figures.
+            if worst:
+                level = logging.WARNING if is_bottleneck(worst) else logging.INFO
+                logger.log(level, "%s, at its worst: %s", worker, sentence(worst))
 
     def _report(self, data: dict[str, Any], **_named: object) -> None:
         data["generator"] = self._worst
@@ -57,6 +59,7 @@ class Generator:
             self._workers[client_id] = worst
 
     def _watch(self) -> None:
+        was_bottleneck = False
         while True:
             began_s, cpu_began_s = time.perf_counter(), time.process_time()
             lates_ms = []
@@ -67,9 +70,10 @@ class Generator:
                 lates_ms.append((time.perf_counter() - due_s) * 1_000)
             cpu_percent = (time.process_time() - cpu_began_s) / (time.perf_counter() - began_s) * 100
             window = {"cpu_percent": cpu_percent, "late_p99_ms": sorted(lates_ms)[int(len(lates_ms) * 0.99)]}
-            self._worst = {name: max(value, self._worst[name]) for name, value in window.items()}
-            if is_bottleneck(window):
+            self._worst = {name: max(value, self._worst.get(name, 0.0)) for name, value in window.items()}
+            if is_bottleneck(window) and not was_bottleneck:
                 logger.warning("%s", sentence(window))
+            was_bottleneck = is_bottleneck(window)
 
 
 def is_bottleneck(figures: dict[str, float]) -> bool:

@@ -49,12 +49,13 @@ class LiveUser(User):
 
     abstract = True
 
-    def __init__(self, environment: Environment, room: Room, drop_every_s: float) -> None:
+    def __init__(self, environment: Environment, url: str, room: Room, drop_every_s: float) -> None:
         super().__init__(environment)
         self.room = room
         self.stream: Stream | None = None
         # How often its network fails, on average; 0: never.
         self._drop_every_s = drop_every_s
+        self._url = url
         self._socket: Socket | None = None
         self._is_connected = False
         self._attempt = 0
@@ -132,7 +133,7 @@ class LiveUser(User):
         """Connect, say hello, and subscribe: for the first time, or from where it was."""
         began_ns = time.perf_counter_ns()
         try:
-            self._socket = Socket(str(self.host))
+            self._socket = Socket(self._url)
             token = self.token()
             self.send({"op": "hello"} if token is None else {"op": "hello", "token": token})
             self._await("welcome")

@@ -1,7 +1,7 @@
 """The swarm's own options, and where it may send its load."""
 
 import socket
-from argparse import ArgumentTypeError
+from argparse import Namespace
 from ipaddress import ip_address
 from typing import Final
 from urllib.parse import urlsplit
@@ -37,10 +37,10 @@ def add_options(parser: LocustArgumentParser) -> None:
         help="How -u users come: at the rate -r (none); in the last minute of auctions that all end together "
         "(closing-minute); over a tenth of -t, to stay (steady).",
     )
-    parser.add_argument("--auctions", type=_count, default=20, help="How many auctions are open at the same time.")
-    parser.add_argument("--auction-s", type=_seconds, default=60.0, help="How long an auction lasts, in seconds.")
+    parser.add_argument("--auctions", type=int, default=20, help="How many auctions are open at the same time.")
+    parser.add_argument("--auction-s", type=float, default=60.0, help="How long an auction lasts, in seconds.")
     parser.add_argument(
-        "--bid-every-s", type=_seconds, default=10.0, help="Seconds between the bids of a Bidder, on average."
+        "--bid-every-s", type=float, default=10.0, help="Seconds between the bids of a Bidder, on average."
     )
     parser.add_argument(
         "--drop-every-s",
@@ -56,24 +56,13 @@ def add_options(parser: LocustArgumentParser) -> None:
     )
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 100_000:  # noqa: PLR2004 - more than a process can tell apart
-        raise ArgumentTypeError(f"{text!r} is not a whole number from 1 to 100000")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0.1 <= seconds <= 86_400:  # noqa: PLR2004 - a day
-        raise ArgumentTypeError(f"{text!r} is not a number of seconds from 0.1 to 86400")
-    return seconds
-
-
-def refusal(url: str, *, is_anywhere: bool) -> str | None:
-    """Why no load goes to this address, in a sentence; None where it may."""
+def problem(url: str, options: Namespace) -> str | None:
+    """Why no load of this kind goes to this address, in a sentence; None where it may."""
+    for name, least, most in (("auctions", 1, 10_000), ("auction_s", 1, 86_400), ("bid_every_s", 0.01, 86_400)):
+        if not least <= getattr(options, name) <= most:
+            return f"--{name.replace('_', '-')} is from {least} to {most}."
+    if not options.drop_every_s >= 0:
+        return "--drop-every-s is a number of seconds, or 0."
     try:
         parts = urlsplit(url)
         is_address = parts.scheme == "http" and parts.hostname is not None and parts.port != 0
@@ -82,6 +71,6 @@ def refusal(url: str, *, is_anywhere: bool) -> str | None:
         found = []
     if not found:
         return f"{url!r} is not the address of an engine; write it like {HOST}."
-    if not is_anywhere and not all(ip_address(str(one[4][0]).partition("%")[0]).is_loopback for one in found):
+    if not options.anywhere and not all(ip_address(str(one[4][0]).partition("%")[0]).is_loopback for one in found):
         return f"{url} is not this machine; load goes there only with --anywhere, and only if it is yours."
     return None
