@@ -37,7 +37,10 @@ TOPIC_REF: Final = 0
 
 
 class Unexpected(Exception):
-    """What Locust's table of failures shows."""
+    """A failure, as its sentence, which is what Locust's table shows of it."""
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 class LostOnPurpose(Exception):
