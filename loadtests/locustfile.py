@@ -111,6 +111,7 @@ class Bidder(Visitor):
 
     def on_connected(self) -> None:
         # The protocol: what was not answered is sent again, with the same `bid_id`.
+        self._again.clear()
         for bid in self._bids.values():
             self.send(bid.message)
 

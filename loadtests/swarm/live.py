@@ -185,6 +185,8 @@ class LiveUser(User):
         if self._drop_every_s > 0:
             drop_ns = time.perf_counter_ns() + int(random.expovariate(1 / self._drop_every_s) * SECOND_NS)
         while True:
+            if self._is_over():
+                self._move_on()
             now_ns, due_ns = time.perf_counter_ns(), self.due_ns()
             silent_ns = self._socket.heard_ns + SILENCE_NS
             if now_ns >= silent_ns:
@@ -197,8 +199,6 @@ class LiveUser(User):
                 due_ns = self.due_ns()
             wakes_ns = min(at_ns for at_ns in (silent_ns, drop_ns, due_ns) if at_ns is not None)
             self._read(max(0, wakes_ns - now_ns))
-            if self._is_over():
-                self._move_on()
 
     def _is_over(self) -> bool:
         """Whether there is nothing more to see in this auction, and another to go to."""
