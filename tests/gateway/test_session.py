@@ -162,7 +162,7 @@ def test_time_and_ping(guest: Client) -> None:
         ('{"op":"dance","ref":1}', "unknown_op", "op", 1),
         ('{"op":"react","story":"x","kind":"like","ref":1}', "unknown_op", "op", 1),
         ('{"op":"time","t0":1.0,"ref":1}', "bad_request", "t0", 1),
-        ('{"op":"subscribe","topic":"me","ref":1}', "bad_request", "topic", 1),
+        ('{"op":"subscribe","topic":"you","ref":1}', "bad_request", "topic", 1),
         ('{"op":"subscribe","topic":"story:1","ref":1}', "bad_request", "topic", 1),
         (f'{{"op":"bid","auction":"{AUCTION}","bid_id":"{BID}","ref":1}}', "bad_request", "amount", 1),
         (f'{{"op":"bid","auction":"x","bid_id":"{BID}","amount":1,"ref":1}}', "bad_request", "auction", 1),
@@ -258,7 +258,7 @@ def test_a_refusal_names_the_minimum(anna: Client) -> None:
 
 
 def test_an_answer_to_another_question_leaves_the_outcome_open(anna: Client) -> None:
-    view = AuctionView(1, SNAPSHOT, None, BEN, None, None)
+    view = AuctionView(1, SNAPSHOT, None, BEN, None, None, 0)
     [frame] = read(anna.session.answered(anna.bids().pending, view))
 
     assert (frame["type"], frame["code"]) == ("error", "outcome_unknown")

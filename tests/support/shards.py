@@ -14,6 +14,7 @@ from actors.messages import (
     Answered,
     AuctionView,
     BidAccepted,
+    Message,
     Payload,
     Published,
     Recall,
@@ -135,11 +136,11 @@ class Recorder:
 
     def __init__(self) -> None:
         self.is_gone = False
-        self.messages: list[Answered | Published] = []
+        self.messages: list[Message] = []
         self.deliveries = 0
         self._came = asyncio.Event()
 
-    def deliver(self, messages: list[Answered | Published]) -> None:
+    def deliver(self, messages: list[Message]) -> None:
         self.messages += messages
         self.deliveries += 1
         self._came.set()
