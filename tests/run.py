@@ -32,7 +32,7 @@ SUITES = (
     # Seeds are simulated in processes of their own; coverage would not see them.
     Suite("simulation", ("simulation",), budget_s=240, test_timeout_s=120, is_covered=False),
     # Whole engines, as processes of their own: coverage would not see them.
-    Suite("whole", ("e2e", "faults"), budget_s=300, test_timeout_s=120, is_covered=False),
+    Suite("whole", ("e2e", "faults"), budget_s=420, test_timeout_s=120, is_covered=False),
 )
 
 # Of lines and branches, in percent.
