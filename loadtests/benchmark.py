@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
+import psutil
+
 from loadtests.engine import Subject, own_engine
 from loadtests.measured import LoadFailed, Options, Run
 from loadtests.peers import running_peer, why_not
@@ -17,6 +19,8 @@ PEER_AUCTIONS: Final = 1_100
 BROKE_OFF: Final = "broke off"
 """What stands in place of the load where a scenario did not come to its end; the note says why."""
 LEFT_OUT: Final = "left out"
+_FAILURES: Final = (LoadFailed, OSError, psutil.Error)
+"""What a server, or the machine, can do to a scenario; the last two where a process of the server goes away."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +71,10 @@ def measure(
                 options = Options(is_quick, stand.number, partial(_report_of, scenario, report))
                 try:
                     runs += scenario.run(subject, options)
-                except LoadFailed as error:
-                    runs.append(_without_figures(scenario, stand, BROKE_OFF, str(error)))
-    except LoadFailed as error:
-        runs += [_without_figures(scenario, stand, BROKE_OFF, str(error)) for scenario in stand.scenarios]
+                except _FAILURES as error:
+                    runs.append(_without_figures(scenario, stand, BROKE_OFF, _sentence(error)))
+    except _FAILURES as error:
+        runs += [_without_figures(scenario, stand, BROKE_OFF, _sentence(error)) for scenario in stand.scenarios]
     return runs
 
 
@@ -82,6 +86,10 @@ def _started(stand: Stand) -> AbstractContextManager[Subject | None]:
     if all(scenario.starts_its_own for scenario in stand.scenarios):
         return nullcontext()
     return own_engine() if stand.subject == GAVEL else running_peer(stand.subject, PEER_AUCTIONS)
+
+
+def _sentence(error: Exception) -> str:
+    return str(error) if isinstance(error, LoadFailed) else f"{type(error).__name__}: {error}"
 
 
 def _without_figures(scenario: Scenario, stand: Stand, load: str, reason: str) -> Run:

@@ -100,6 +100,7 @@ def _goal_to_dict(outcome: Outcome) -> dict[str, Any]:
         "wanted": goal.limit_words,
         "measured": outcome.value_words,
         "value": outcome.value,
+        "spread": outcome.spread_words,
         "is_met": outcome.is_met,
     }
 

@@ -18,6 +18,11 @@ class Fails(Scenario):
         raise LoadFailed("the server does not answer")
 
 
+class IsReset(Scenario):
+    def run(self, subject: Any, options: Options) -> list[Run]:
+        raise ConnectionResetError("gone")
+
+
 class Measures(Scenario):
     def run(self, subject: Any, options: Options) -> list[Run]:
         return [Run(self.name, "gavel", "a load", options.number)]
@@ -46,9 +51,14 @@ def test_a_quick_benchmark_starts_each_subject_once_and_runs_all() -> None:
 
 def test_what_breaks_off_costs_nothing_else() -> None:
     said: list[str] = []
-    stand = Stand("gavel", 1, (Fails("bids", "", starts_its_own=True), Measures("timers", "", starts_its_own=True)))
-    failed, measured = measure(stand, said.append, is_quick=True)
+    scenarios = (
+        Fails("bids", "", starts_its_own=True),
+        IsReset("connect", "", starts_its_own=True),
+        Measures("timers", "", starts_its_own=True),
+    )
+    failed, reset, measured = measure(Stand("gavel", 1, scenarios), said.append, is_quick=True)
     assert (failed.scenario, failed.load, failed.notes) == ("bids", BROKE_OFF, ["the server does not answer"])
+    assert (reset.load, reset.notes) == (BROKE_OFF, ["ConnectionResetError: gone"])
     assert (measured.scenario, measured.load, measured.number) == ("timers", "a load", 1)
     assert said == ["starting", "bids: trying"]
 
