@@ -118,7 +118,7 @@ def write_report(
 
     table = Table("goal", "wanted", "measured", "lowest to highest", "met")
     for outcome in outcomes(runs, scenarios):
-        met = {None: "-", True: "[green]yes[/]", False: "[red]no[/]"}[outcome.is_met]
+        met = {None: "-", True: "[green]yes[/]", False: "[red]no[/]"}[None if is_quick else outcome.is_met]
         words = (outcome.goal.about, outcome.goal.limit_words, outcome.value_words, outcome.spread_words)
         table.add_row(*words, met)
     console = Console()

@@ -98,7 +98,7 @@ def heading_of(figure: str) -> str:
     """A figure's name as the heading of a column or an axis, without its unit."""
     for unit in ("_ms", "_s", "_percent"):
         figure = figure.removesuffix(unit)
-    return figure.replace("_us_per_ack", " per ack").replace("_", " ").replace("per second", "a second")
+    return figure.replace("_us_per_", " per ").replace("_", " ").replace("per second", "a second")
 
 
 _BY_RATE: Final = {"acks_per_second": "Acknowledged at each rate", "ack_p99_ms": "ack p99 at each rate"}
@@ -113,8 +113,9 @@ def _over_loads(runs: Sequence[Run]) -> list[Markup]:
             having = [run for run in same if name in run.latencies]
             plots.append(_plot(f"{heading_of(name)}: {load}", partial(_draw_latencies, runs=having, name=name)))
         for name in dict.fromkeys(name for run in same for name in run.series):
-            having = [run for run in same if run.series.get(name)]
-            plots.append(_plot(f"{heading_of(name)}: {load}", partial(_draw_series, runs=having, name=name)))
+            # A line has two ends at least.
+            if having := [run for run in same if len(run.series.get(name, ())) > 1]:
+                plots.append(_plot(f"{heading_of(name)}: {load}", partial(_draw_series, runs=having, name=name)))
     return plots
 
 

@@ -62,6 +62,11 @@ def test_a_quick_benchmark_measures_everything_and_leaves_nothing(folder: Path) 
     assert measured | left_out >= {
         (name, subject) for name, scenario in SCENARIOS.items() for subject in scenario.subjects
     }
+    # Where a scenario calls a figure by another name, its goal does not find it.
+    without = {run["subject"] for run in data["runs"] if run["load"] == LEFT_OUT}
+    sought = [goal for goal in GOALS if goal.load != "10,000 bids/s" and goal.of_subject not in without]
+    found = {goal["goal"] for goal in data["goals"] if goal["value"] is not None}
+    assert [goal.about for goal in sought if goal.about not in found] == []
     assert not [run for run in data["runs"] if run["load"] == BROKE_OFF]
     assert left_out == set() or shutil.which("node") is None
     assert all(f'<h2 id="{name}">' in page for name in SCENARIOS)
