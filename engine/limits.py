@@ -69,6 +69,17 @@ LINK_DEAD_MS = 1 * SECOND_MS
 LINK_GREETING_MS = 2 * SECOND_MS
 COMMAND_TIMEOUT_MS = 8 * SECOND_MS
 """How long a gateway keeps a command for a shard that is away before it tells the client."""
+FOLLOWED_MAX = SOCKETS_MAX
+"""Users that a gateway follows at a shard: those with a socket that asked for the topic `me`."""
+FOLLOWED_AT_ONCE = 500
+"""Users in one request to follow them."""
+STANDINGS_MAX = 100
+"""Auctions of which a gateway tells one user how it stands: those that are open, and then the newest of the others."""
+STANDINGS_MS = DAY_MS
+"""So long after its end an auction is among a user's standings."""
+LOOKUPS_AT_ONCE = 8
+"""Users whose standings a gateway asks for at the same time."""
+LOOKUP_RETRY_MS = 1 * SECOND_MS
 
 # Shards
 SLOTS = 1_024
@@ -118,6 +129,9 @@ assert SHARD_LINE_MAX < VERDICTS_REMEMBERED
 assert LINK_IN_FLIGHT_MAX <= SHARD_LINE_MAX
 assert LINK_OUTPUT_BYTES + RESUME_EVENTS_MAX * 1_024 < LINK_FRAME_BYTES_MAX
 assert LINK_BATCH_MAX * FRAME_BYTES_MAX <= LINK_FRAME_BYTES_MAX
+assert FOLLOWED_MAX >= SOCKETS_MAX
+assert FOLLOWED_AT_ONCE * 32 <= FRAME_BYTES_MAX
+assert STANDINGS_MAX * LOOKUPS_AT_ONCE <= WAKING_MAX
 assert LINK_PING_MS * 2 < LINK_DEAD_MS
 assert ALIVE_MS * 2 <= OUTAGE_MS < OWNER_SILENT_MS
 assert SOFT_CLOSE_EXTENSION_MS_MAX <= SOFT_CLOSE_TOTAL_MS_MAX

@@ -17,11 +17,11 @@ import uvicorn
 from actors.bootstrap import Host, Place, host_of, keep_synchronised, set_up_logging, settle_memory
 from actors.clock import Clock
 from actors.database import ERRORS
-from actors.directory import Directory
 from actors.ray_actor import begin, die_if_failed, spawn
 from gateway.api.edge import HEALTHY, Edge
 from gateway.app import create_app
 from gateway.bootstrap import connect
+from gateway.people import People
 from gateway.router import Router
 from gateway.socket import HttpProtocol, Sockets, make_protocol
 from gateway.tokens import Verifier
@@ -52,17 +52,18 @@ class RunningGateway:
         self._clock = clock
         self._sockets = Sockets()
         self._router: Router
+        self._people: People
         self._server: uvicorn.Server
         self._tasks: list[asyncio.Task[None] | asyncio.Task[NoReturn]] = []
 
     async def serve(self, door: Door) -> None:
         """Open the links and the port; return when bids can be placed."""
-        self._router, fanout = await connect(self._host, self._name, Directory(self._pool))
+        self._router, fanout, self._people = await connect(self._host, self._name, self._pool)
         verifier = Verifier(door.public_key)
         edge = Edge(router=self._router, verifier=verifier, pool=self._pool, clock=self._clock, health=self._health)
         config = uvicorn.Config(
             create_app(edge),
-            ws=make_protocol(self._router, fanout, verifier.verify, self._clock, self._sockets),
+            ws=make_protocol(self._router, fanout, self._people, verifier.verify, self._clock, self._sockets),
             http=HttpProtocol,
             lifespan="off",
             log_config=None,
@@ -96,6 +97,7 @@ class RunningGateway:
         await serving
         for task in others:
             task.cancel()
+        await self._people.close()
         await self._router.close()
         await self._pool.close()
 
