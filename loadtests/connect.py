@@ -15,7 +15,7 @@ SOCKETS: Final = 10_000
 QUICK_SOCKETS: Final = 500
 IDLE_S: Final = 2 * HEARTBEAT_MS / SECOND_MS
 """Whole heartbeats, so that the pings and pongs of each socket are in it."""
-QUICK_IDLE_S: Final = 2.0
+QUICK_IDLE_S: Final = 0.5
 SETTLE_S: Final = 1.0
 DOORS: Final = ("gateway", "server")
 """The roles of processes that hold sockets."""
@@ -49,7 +49,7 @@ async def _run(subject: Subject, options: Options) -> list[Run]:
         run.figures["generator_cpu_percent"] = 100 * (after["watchers"] - before["watchers"]) / seconds
         await asyncio.sleep(SETTLE_S)
         run.figures["bytes_per_socket"] = (memory_bytes(doors) - without) / sockets
-        options.report(f"{sockets:,} sockets stand idle for {idle_s:.0f} s")
+        options.report(f"{sockets:,} sockets stand idle for {idle_s:g} s")
         run.figures["idle_cpu_percent"] = await _cpu_percent(doors, idle_s)
         await watchers.watch(auction)
         await asyncio.sleep(SETTLE_S)
