@@ -49,6 +49,7 @@ from engine.limits import (
     LINK_DEAD_MS,
     LINK_GREETING_MS,
     LINK_IN_FLIGHT_MAX,
+    LINK_LINE_MAX,
     LINK_OUTPUT_BYTES,
     LINK_PING_MS,
     LINK_WRITE_BYTES_MAX,
@@ -304,8 +305,10 @@ class Link:
 
     def submit(self, payload: Payload, on_answer: Callable[[Answer], None]) -> None:
         """Send a request with all that comes in this turn of the loop; `on_answer` gets its answer, once."""
+        # Of a shard that is away it is worth keeping more: what is kept is done once it is back.
+        line_max = LINK_IN_FLIGHT_MAX if self._end is None else LINK_LINE_MAX
         # Who watches is bounded by the sockets that there are, and must not get lost.
-        if len(self._in_flight) >= LINK_IN_FLIGHT_MAX and not isinstance(payload, Subscribe | Unsubscribe):
+        if len(self._in_flight) >= line_max and not isinstance(payload, Subscribe | Unsubscribe):
             on_answer(BUSY)
             return
         number = self._next_request

@@ -20,11 +20,13 @@ from engine.limits import (
     HEARTBEATS_MISSED_MAX,
     HELLO_TIMEOUT_MS,
     IN_FLIGHT_MAX,
+    RATE_REFUSALS_MAX,
     SUBSCRIPTIONS_MAX,
     TOKEN_GRACE_MS,
 )
 from engine.rejections import Rejection
 from gateway import wire
+from gateway.rates import rate_limited
 from gateway.tokens import Identity, TokenInvalid
 
 # Why a socket is closed, as the protocol's close codes
@@ -120,6 +122,8 @@ class Session:
         "_opened_at",
         "_ping_at",
         "_pings_unanswered",
+        "_refusals",
+        "_refusals_since",
         "_subscriptions",
         "_unanswered",
         "_verify",
@@ -139,6 +143,9 @@ class Session:
         """Subscriptions that were handed on and not answered yet, cancelled ones included."""
         self._errors = 0
         self._errors_since = now
+        self._refusals = 0
+        """For its rate, since `_refusals_since`."""
+        self._refusals_since = now
         self._ping_at = now + HEARTBEAT_MS
         self._pings_unanswered = 0
 
@@ -171,6 +178,22 @@ class Session:
                 return [Send(wire.encode_time(message.ref, message.t0, now, now))]
             case wire.Ping():
                 return [Send(wire.encode_pong(message.ref))]
+
+    def rate_limited(self, data: bytes, retry_after_ms: int, now: int) -> list[Intent]:
+        """Refuse a whole text message, for there were too many; who goes on all the same is closed."""
+        refusal = _refusal(wire.ref_of(data), rate_limited(retry_after_ms), None)
+        return self.over_rate(now) or [refusal]
+
+    def over_rate(self, now: int) -> list[Intent]:
+        """Note something that came too often; after too many of these this is closed."""
+        self.activity()
+        if now - self._refusals_since >= ERRORS_WINDOW_MS:
+            self._refusals = 0
+            self._refusals_since = now
+        self._refusals += 1
+        if self._refusals < RATE_REFUSALS_MAX:
+            return []
+        return self._close(TOO_MANY, "There were too many requests; try again in a minute.")
 
     def binary_received(self) -> list[Intent]:
         """Take a binary message: the protocol has none."""

@@ -37,6 +37,7 @@ from engine.limits import (
     SOCKETS_MAX,
 )
 from engine.rejections import Rejection
+from gateway.rates import Rates, Visit, rate_limited
 from gateway.session import (
     Close,
     Intent,
@@ -116,12 +117,15 @@ class Fanout(Protocol):
 
 
 class Sockets:
-    """The open sockets of a gateway; at most `sockets_max` are let in."""
+    """The open sockets of a gateway; at most `sockets_max` are let in, and no address more than its rates allow."""
 
-    def __init__(self, sockets_max: int = SOCKETS_MAX) -> None:
+    def __init__(self, sockets_max: int = SOCKETS_MAX, rates: Rates | None = None) -> None:
         self.sockets_max = sockets_max
         self.is_draining = False
-        self._open: dict[ClientSocket, None] = {}
+        self.is_short_of_memory = False
+        """While it is, nobody is let in."""
+        self._rates = rates or Rates()
+        self._open: dict[ClientSocket, Visit] = {}
 
     def __len__(self) -> int:
         return len(self._open)
@@ -141,16 +145,20 @@ class Sockets:
         for socket in tuple(self._open):
             socket.drain()
 
-    def add(self, socket: "ClientSocket") -> bool:
-        """Let a socket in; False if the house is full."""
-        if len(self._open) >= self.sockets_max:
-            return False
-        self._open[socket] = None
-        return True
+    def add(self, socket: "ClientSocket", address: str, now: int) -> Visit | None:
+        """Let a socket in; None if the house is full, or too many come from its address."""
+        if len(self._open) >= self.sockets_max or self.is_short_of_memory:
+            return None
+        visit = self._rates.enter(address, now)
+        if visit is not None:
+            self._open[socket] = visit
+        return visit
 
     def discard(self, socket: "ClientSocket") -> None:
         """Forget a socket that is closed or closing."""
-        self._open.pop(socket, None)
+        visit = self._open.pop(socket, None)
+        if visit is not None:
+            self._rates.leave(visit)
 
 
 def make_protocol(
@@ -194,10 +202,12 @@ class ClientSocket(WSListener):
         "_router",
         "_session",
         "_sockets",
+        "_visit",
         "transport",
     )
 
     transport: WSTransport
+    _visit: Visit
 
     def __init__(
         self, router: Router, fanout: Fanout, session: Session, clock: Callable[[], int], sockets: Sockets
@@ -240,9 +250,14 @@ class ClientSocket(WSListener):
         self.transport = transport
         # Crossing this calls `pause_writing`, which spares us asking at every message.
         transport.underlying_transport.set_write_buffer_limits(high=SOCKET_WRITE_BYTES_MAX)
-        if not self._sockets.add(self):
+        # None if the peer is gone already.
+        peer = transport.underlying_transport.get_extra_info("peername")
+        visit = self._sockets.add(self, peer[0] if peer else "", self._clock())
+        if visit is None:
             self._run(self._session.too_many())
-        elif self._sockets.is_draining:
+            return
+        self._visit = visit
+        if self._sockets.is_draining:
             self.drain()
 
     def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
@@ -256,10 +271,16 @@ class ClientSocket(WSListener):
         elif frame.rsv1 or frame.rsv2 or frame.rsv3:
             self._close(_PROTOCOL_ERROR, "No extension was negotiated.")
         elif kind == WSMsgType.TEXT and frame.fin and self._fragments is None:
-            self._run(self._session.text_received(frame.get_payload_as_bytes(), self._clock()))
+            data, now = frame.get_payload_as_bytes(), self._clock()
+            if retry_after_ms := self._visit.message(now):
+                self._run(self._session.rate_limited(data, retry_after_ms, now))
+            else:
+                self._run(self._session.text_received(data, now))
         elif kind == WSMsgType.PING:
-            # Not left to picows, so that it counts what is not read of these.
-            transport.send_pong(frame.get_payload_as_bytes())
+            self._count()
+            if not self._is_closing:
+                # Not left to picows, so that it counts what is not read of these.
+                transport.send_pong(frame.get_payload_as_bytes())
         elif kind == WSMsgType.PONG:
             self._session.activity()
         elif kind == WSMsgType.BINARY:
@@ -281,8 +302,15 @@ class ClientSocket(WSListener):
 
     # The details
 
+    def _count(self) -> None:
+        """Count a frame that is no message by itself, and is taken however many there are, until this is closed."""
+        now = self._clock()
+        if self._visit.message(now):
+            self._run(self._session.over_rate(now))
+
     def _fragment(self, frame: WSFrame) -> None:
         """Take a piece of a message in several frames (RFC 6455, section 5.4)."""
+        self._count()
         is_first = frame.msg_type == WSMsgType.TEXT
         if is_first != (self._fragments is None):
             self._close(_PROTOCOL_ERROR, "A fragment is out of place.")
@@ -304,7 +332,7 @@ class ClientSocket(WSListener):
                 case Send():
                     self.send(intent.data)
                 case Submit():
-                    self._router.submit(intent.payload, partial(self._answered, intent.pending))
+                    self._submit(intent)
                 case Subscribe():
                     on_subscribed = partial(self._subscribed, intent.pending)
                     self._fanout.subscribe(intent.topic, intent.viewer, intent.since, self, on_subscribed)
@@ -314,6 +342,12 @@ class ClientSocket(WSListener):
                     self.transport.send_ping()
                 case Close():
                     self._close(intent.code, intent.reason)
+
+    def _submit(self, intent: Submit) -> None:
+        if retry_after_ms := self._visit.bid(intent.payload.bidder, self._clock()):
+            self._answered(intent.pending, rate_limited(retry_after_ms))
+        else:
+            self._router.submit(intent.payload, partial(self._answered, intent.pending))
 
     def _answered(self, pending: PendingBid, answer: Answer) -> None:
         if not self._is_closing:

@@ -139,6 +139,14 @@ def decode(data: bytes) -> Message:
     return message
 
 
+def ref_of(data: bytes) -> Ref:
+    """What a client calls a message that is not read otherwise; None where that cannot be told."""
+    try:
+        return _decode_only_ref(data).ref
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
 def topic_auction(topic: Topic) -> UUID:
     """The auction that a topic is about."""
     return UUID(topic.removeprefix("auction:"))
@@ -148,6 +156,12 @@ def topic_name(auction: UUID) -> str:
     """The topic of an auction, as clients call it."""
     return f"auction:{auction}"
 
+
+class _OnlyRef(Struct, frozen=True):
+    ref: Ref = None
+
+
+_decode_only_ref: Final[Callable[[bytes], _OnlyRef]] = msgspec.json.Decoder(_OnlyRef).decode
 
 # Saying what is wrong
 
