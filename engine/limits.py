@@ -94,7 +94,7 @@ LINK_FRAME_BYTES_MAX = 16 * 1024 * 1024
 LINK_BATCH_MAX = 64
 LINK_IN_FLIGHT_MAX = 8_192
 """Commands that a gateway keeps for a shard that is away."""
-LINK_LINE_MAX = 1_024
+LINK_LINE_MAX = 512
 """Commands that a gateway has with a shard before it answers `busy`: what a slow core does in a tenth of a second, so
 that whoever is let in waits no longer than about that."""
 LINK_OUTPUT_BYTES = 1024 * 1024
@@ -137,6 +137,7 @@ READ_TRIES = 3
 READ_AHEAD_MS = 10 * SECOND_MS
 """So much nearer to its end an auction may come while all of these are read."""
 BUSY_RETRY_MS = 250
+BUSY_REST_MS = 100
 CLOCK_SYNC_MS = MINUTE_MS
 CLOCK_ROUND_TRIP_MS_MAX = 50
 """A reading of the clock that took longer is not precise enough."""

@@ -66,6 +66,12 @@ class Send(msgspec.Struct, frozen=True, gc=False):
     data: bytes
 
 
+class Refuse(msgspec.Struct, frozen=True, gc=False):
+    """Send a refusal that should cost as little as possible: there are many of them when there is much to do."""
+
+    data: bytes
+
+
 class Ping(msgspec.Struct, frozen=True):
     """Send a WebSocket ping."""
 
@@ -99,7 +105,7 @@ class Unsubscribe(msgspec.Struct, frozen=True):
     topic: UUID
 
 
-Intent = Send | Ping | Close | Submit | Subscribe | Unsubscribe
+Intent = Send | Refuse | Ping | Close | Submit | Subscribe | Unsubscribe
 
 
 class _Subscription(msgspec.Struct, eq=False):
@@ -181,8 +187,11 @@ class Session:
 
     def rate_limited(self, data: bytes, retry_after_ms: int, now: int) -> list[Intent]:
         """Refuse a whole text message, for there were too many; who goes on all the same is closed."""
-        refusal = _refusal(wire.ref_of(data), rate_limited(retry_after_ms), None)
-        return self.over_rate(now) or [refusal]
+        return self.over_rate(now) or self.refused(data, rate_limited(retry_after_ms))
+
+    def refused(self, data: bytes, rejection: Rejection) -> list[Intent]:
+        """Refuse a whole text message unread, but for its `ref`."""
+        return [] if self.is_closed else [_refusal(wire.ref_of(data), rejection, None)]
 
     def over_rate(self, now: int) -> list[Intent]:
         """Note something that came too often; after too many of these this is closed."""
@@ -355,10 +364,13 @@ def _user(identity: Identity | None) -> UUID | None:
     return None if identity is None else identity.user
 
 
-def _refusal(ref: wire.Ref, rejection: Rejection, bid_id: UUID | None) -> Send:
+def _refusal(ref: wire.Ref, rejection: Rejection, bid_id: UUID | None) -> Send | Refuse:
     """A refusal by the rules is a verdict; one by the engine says that it came to none."""
     match rejection.code:
-        case "busy" | "rate_limited" | "unavailable" | "internal" | "outcome_unknown" as code:
+        case "busy" | "rate_limited" as code:
+            data = wire.encode_error(ref, code, rejection.message, retry_after_ms=rejection.retry_after_ms)
+            return Refuse(data)
+        case "unavailable" | "internal" | "outcome_unknown" as code:
             return _error(ref, code, rejection.message, retry_after_ms=rejection.retry_after_ms)
         case _:
             return Send(wire.encode_rejected(ref, rejection, bid_id))

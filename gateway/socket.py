@@ -6,8 +6,10 @@ its `ws=`), which is picows's WebSocket protocol with a `ClientSocket` as its li
 
 import asyncio
 import logging
+import struct
 from collections.abc import Callable, Iterable
 from functools import partial
+from random import uniform
 from typing import Any, Final, Protocol, cast
 from uuid import UUID, uuid4
 
@@ -27,6 +29,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from actors.messages import Answer, Payload, Subscribed
 from engine.limits import (
+    BUSY_REST_MS,
     CLOSE_REASON_BYTES_MAX,
     CLOSE_TIMEOUT_MS,
     FRAME_BYTES_MAX,
@@ -36,7 +39,7 @@ from engine.limits import (
     SOCKET_WRITE_BYTES_MAX,
     SOCKETS_MAX,
 )
-from engine.rejections import Rejection
+from engine.rejections import BUSY, Rejection
 from gateway.rates import Rates, Visit, rate_limited
 from gateway.session import (
     Close,
@@ -44,6 +47,7 @@ from gateway.session import (
     PendingBid,
     PendingSubscription,
     Ping,
+    Refuse,
     Send,
     Session,
     Submit,
@@ -67,6 +71,11 @@ _COPIED_BYTES_MAX: Final = 8_192
 _HEADER_BYTES: Final = 14
 """The room that picows wants before a message to write a frame's header into."""
 _TEXT: Final = WSMsgType.TEXT
+_TEXT_HEADER: Final = 0x81
+"""A text message in one frame (RFC 6455, section 5.2)."""
+_EXTENDED: Final = 126
+"""Stands for a length from here on up to `_SHORT_BYTES_MAX`, which follows in two bytes."""
+_SHORT_BYTES_MAX: Final = 65_535
 
 
 # What a socket needs
@@ -199,6 +208,7 @@ class ClientSocket(WSListener):
         "_fanout",
         "_fragments",
         "_is_closing",
+        "_rest",
         "_router",
         "_session",
         "_sockets",
@@ -219,6 +229,7 @@ class ClientSocket(WSListener):
         self._sockets = sockets
         self._fragments: bytearray | None = None
         self._is_closing = False
+        self._rest: asyncio.TimerHandle | None = None
         self._cut: asyncio.TimerHandle | None = None
 
     # From the gateway
@@ -274,6 +285,8 @@ class ClientSocket(WSListener):
             data, now = frame.get_payload_as_bytes(), self._clock()
             if retry_after_ms := self._visit.message(now):
                 self._run(self._session.rate_limited(data, retry_after_ms, now))
+            elif self._rest is not None:
+                self._run(self._session.refused(data, BUSY))
             else:
                 self._run(self._session.text_received(data, now))
         elif kind == WSMsgType.PING:
@@ -290,8 +303,9 @@ class ClientSocket(WSListener):
 
     def on_ws_disconnected(self, transport: WSTransport) -> None:  # noqa: ARG002 (picows's)
         self._leave()
-        if self._cut is not None:
-            self._cut.cancel()
+        for timer in (self._cut, self._rest):
+            if timer is not None:
+                timer.cancel()
 
     def pause_writing(self) -> None:
         # Called in the midst of a write, perhaps of a broadcast, which should not lose a socket under its hands.
@@ -301,6 +315,19 @@ class ClientSocket(WSListener):
         """Nothing to do: who was over the budget is closed."""
 
     # The details
+
+    def _send_soon(self, frame: bytes) -> None:
+        """Write a short text message together with all else that this socket is sent in this turn of the loop.
+
+        picows, which would ask the system to send it at once, then puts what follows behind it.
+        """
+        size = len(frame)
+        assert size <= _SHORT_BYTES_MAX
+        if not (self.transport.is_close_frame_sent or self.transport.is_disconnected):
+            header = (
+                bytes((_TEXT_HEADER, size)) if size < _EXTENDED else struct.pack("!BBH", _TEXT_HEADER, _EXTENDED, size)
+            )
+            self.transport.underlying_transport.write(header + frame)
 
     def _count(self) -> None:
         """Count a frame that is no message by itself, and is taken however many there are, until this is closed."""
@@ -331,6 +358,8 @@ class ClientSocket(WSListener):
             match intent:
                 case Send():
                     self.send(intent.data)
+                case Refuse():
+                    self._send_soon(intent.data)
                 case Submit():
                     self._submit(intent)
                 case Subscribe():
@@ -344,7 +373,7 @@ class ClientSocket(WSListener):
                     self._close(intent.code, intent.reason)
 
     def _submit(self, intent: Submit) -> None:
-        if retry_after_ms := self._visit.bid(intent.payload.bidder, self._clock()):
+        if retry_after_ms := self._visit.bid(intent.payload.bidder, self._clock):
             self._answered(intent.pending, rate_limited(retry_after_ms))
         else:
             self._router.submit(intent.payload, partial(self._answered, intent.pending))
@@ -352,6 +381,26 @@ class ClientSocket(WSListener):
     def _answered(self, pending: PendingBid, answer: Answer) -> None:
         if not self._is_closing:
             self._run(self._session.answered(pending, answer))
+            if isinstance(answer, Rejection) and answer.code == "busy":
+                self._let_rest()
+
+    def _let_rest(self) -> None:
+        """Read no further for a moment, and take nothing of what was read: too much is going on behind.
+
+        What comes meanwhile is then read, and refused, at once, at a fraction of the price: what the refusals do not
+        cost is there for the bids that are taken. Not all wake at the same time.
+        """
+        transport = self.transport.underlying_transport
+        if self._rest is None and not transport.is_closing():
+            transport.pause_reading()
+            rest_ms = uniform(0.5, 1.5) * BUSY_REST_MS  # noqa: S311 (nothing secret)
+            self._rest = asyncio.get_running_loop().call_later(rest_ms / SECOND_MS, self._wake)
+
+    def _wake(self) -> None:
+        self._rest = None
+        transport = self.transport.underlying_transport
+        if not transport.is_closing():
+            transport.resume_reading()
 
     def _subscribed(self, pending: PendingSubscription, answer: Subscribed | Rejection) -> None:
         if not self._is_closing:
