@@ -305,8 +305,9 @@ class Link:
 
     def submit(self, payload: Payload, on_answer: Callable[[Answer], None]) -> None:
         """Send a request with all that comes in this turn of the loop; `on_answer` gets its answer, once."""
-        # Of a shard that is away it is worth keeping more: what is kept is done once it is back.
-        line_max = LINK_IN_FLIGHT_MAX if self._end is None else LINK_LINE_MAX
+        # For a shard that is away more is kept: it is done once the shard is back.
+        is_placed_now = self._end is not None and isinstance(payload, PlaceBid)
+        line_max = LINK_LINE_MAX if is_placed_now else LINK_IN_FLIGHT_MAX
         # Who watches is bounded by the sockets that there are, and must not get lost.
         if len(self._in_flight) >= line_max and not isinstance(payload, Subscribe | Unsubscribe):
             on_answer(BUSY)

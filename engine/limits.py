@@ -93,10 +93,10 @@ BUCKETS_MAX = 100_000
 LINK_FRAME_BYTES_MAX = 16 * 1024 * 1024
 LINK_BATCH_MAX = 64
 LINK_IN_FLIGHT_MAX = 8_192
-"""Commands that a gateway keeps for a shard that is away."""
-LINK_LINE_MAX = 512
-"""Commands that a gateway has with a shard before it answers `busy`: what a slow core does in a tenth of a second, so
-that whoever is let in waits no longer than about that."""
+"""Requests that a gateway has with a shard, or keeps for one that is away."""
+LINK_LINE_MAX = 768
+"""So many of these, and a bid is `busy`: what two shards on one slow core do in a tenth of a second, so that a bid that
+is taken waits no longer than about that."""
 LINK_OUTPUT_BYTES = 1024 * 1024
 """About so much a shard puts into one frame."""
 LINK_WRITE_BYTES_MAX = 64 * 1024 * 1024
@@ -137,7 +137,8 @@ READ_TRIES = 3
 READ_AHEAD_MS = 10 * SECOND_MS
 """So much nearer to its end an auction may come while all of these are read."""
 BUSY_RETRY_MS = 250
-BUSY_REST_MS = 100
+BUSY_REST_MS = 70
+"""About so long nothing is read from a socket that was told `busy`; what it sent meanwhile is then read at once."""
 CLOCK_SYNC_MS = MINUTE_MS
 CLOCK_ROUND_TRIP_MS_MAX = 50
 """A reading of the clock that took longer is not precise enough."""
@@ -156,6 +157,8 @@ assert LINK_LINE_MAX < LINK_IN_FLIGHT_MAX <= SHARD_LINE_MAX
 # Who comes back may subscribe to all that it had and send again all that was not answered.
 assert CONNECTION_MESSAGES_RATE.burst > SUBSCRIPTIONS_MAX + IN_FLIGHT_MAX
 assert USER_BIDS_RATE.burst >= IN_FLIGHT_MAX
+# A client that waits as it is told finds its socket read again.
+assert BUSY_REST_MS * 2 < BUSY_RETRY_MS
 # A minute after it was told to come back then, all of an address can.
 assert ADDRESS_CONNECTIONS_RATE.per_second * 60 >= ADDRESS_CONNECTIONS_MAX
 assert LINK_OUTPUT_BYTES + RESUME_EVENTS_MAX * 1_024 < LINK_FRAME_BYTES_MAX

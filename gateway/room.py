@@ -11,7 +11,6 @@ import psutil
 from engine.limits import FILES_RESERVED, SOCKETS_MAX
 
 _STATM: Final = Path("/proc/self/statm")
-_NR_OPEN: Final = Path("/proc/sys/fs/nr_open")
 _CGROUP_LIMITS: Final = (
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
@@ -19,11 +18,17 @@ _CGROUP_LIMITS: Final = (
 
 
 def raise_file_limit() -> int:
-    """Let this process, and those that it starts, open as many files as the system allows; returns how many."""
+    """Let this process, and those that it starts, open as many files as it could use and the system allows.
+
+    Returns how many.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    ceiling = int(_NR_OPEN.read_text()) if _NR_OPEN.exists() else hard
-    # Only with the right to (root has it) may the hard limit rise.
-    for limits in ((max(ceiling, hard),) * 2, (hard, hard)):
+    wanted = SOCKETS_MAX + FILES_RESERVED
+    if soft >= wanted:
+        return soft
+    is_enough = hard == resource.RLIM_INFINITY or hard >= wanted
+    # Only who has the right to (root has it) may raise the hard limit.
+    for limits in [(wanted, hard)] if is_enough else [(wanted, wanted), (hard, hard)]:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         except (OSError, ValueError):
