@@ -49,7 +49,7 @@ class Engine:
         self.pool = pool
         self.shard: RunningShard | None = None
         self.gateway: RunningGateway
-        self.port = _free_port()
+        self.port = free_port()
 
     async def start(self) -> None:
         await Directory(self.pool).lay_out(1)
@@ -176,7 +176,7 @@ async def engine(
         gc.set_threshold(*thresholds)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
