@@ -27,7 +27,7 @@ from actors.messages import BidAccepted, Subscribed
 from engine.commands import PlaceBid, Terms
 from engine.increments import flat
 from engine.limits import DAY_MS, FRAME_BYTES_MAX
-from engine.rejections import Rejection
+from engine.rejections import NOT_FOUND, Rejection
 from gateway import wire
 from gateway.tokens import Identity
 
@@ -169,6 +169,8 @@ async def _bid(auctions: Auctions, identity: Identity | None, bid: wire.Bid) -> 
 
 async def _subscribe(auctions: Auctions, subscribe: wire.Subscribe) -> bytes:
     auction = wire.topic_auction(subscribe.topic)
+    if auction is None:
+        return wire.encode_rejected(subscribe.ref, NOT_FOUND)
     answer = await auctions.look(auction)
     if isinstance(answer, Rejection):
         return wire.encode_rejected(subscribe.ref, answer)
