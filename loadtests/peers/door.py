@@ -170,6 +170,7 @@ async def _bid(auctions: Auctions, identity: Identity | None, bid: wire.Bid) -> 
 async def _subscribe(auctions: Auctions, subscribe: wire.Subscribe) -> bytes:
     auction = wire.topic_auction(subscribe.topic)
     if auction is None:
+        # The topic `me`.
         return wire.encode_rejected(subscribe.ref, NOT_FOUND)
     answer = await auctions.look(auction)
     if isinstance(answer, Rejection):

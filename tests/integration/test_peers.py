@@ -19,6 +19,9 @@ from loadtests.measured import LoadFailed
 from loadtests.peers import IN_JAVASCRIPT, NAMES, Peer, running_peer, why_not
 from tests.support.waiting import until
 
+# On a busy machine Ray takes its time to start.
+pytestmark = pytest.mark.timeout(120)
+
 AUCTIONS = 20
 
 Message = dict[str, Any]
