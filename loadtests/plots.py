@@ -106,17 +106,17 @@ _BY_RATE: Final = {"acks_per_second": "Acknowledged at each rate", "ack_p99_ms":
 
 def _over_loads(runs: Sequence[Run]) -> list[Markup]:
     """For each load: its latencies, and what changed over time."""
-    plots = []
+    drawings: list[tuple[str, Callable[[Axes], None]]] = []
     for load in dict.fromkeys(run.load for run in runs):
         same = [run for run in runs if run.load == load]
         for name in dict.fromkeys(name for run in same for name in run.latencies):
             having = [run for run in same if name in run.latencies]
-            plots.append(_plot(f"{heading_of(name)}: {load}", partial(_draw_latencies, runs=having, name=name)))
+            drawings.append((f"{heading_of(name)}: {load}", partial(_draw_latencies, runs=having, name=name)))
         for name in dict.fromkeys(name for run in same for name in run.series):
             # A line has two ends at least.
             if having := [run for run in same if len(run.series.get(name, ())) > 1]:
-                plots.append(_plot(f"{heading_of(name)}: {load}", partial(_draw_series, runs=having, name=name)))
-    return plots
+                drawings += [(f"{heading_of(name)}: {load}", partial(_draw_series, runs=having, name=name))]
+    return [_plot(title, draw) for title, draw in drawings]
 
 
 def _draw_latencies(axes: Axes, runs: Sequence[Run], name: str) -> None:
