@@ -301,6 +301,17 @@ async def test_a_fault_is_answered(hall: Hall, caplog: pytest.LogCaptureFixture)
     assert "KeyError" in caplog.text
 
 
+async def test_a_gateway_that_goes_looks_nobody_up_any_more(hall: Hall) -> None:
+    hall.go_on.clear()
+    socket = Socket()
+    hall.people.follow(ANNA, socket, socket.subscribed)
+    await quiet()
+    await hall.people.close()
+    hall.go_on.set()
+    await quiet()
+    assert (socket.log, hall.people._tasks) == ([], set())
+
+
 # After a broken link
 
 
