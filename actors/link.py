@@ -53,6 +53,7 @@ from engine.limits import (
     LINK_DEAD_MS,
     LINK_GREETING_MS,
     LINK_IN_FLIGHT_MAX,
+    LINK_LINE_MAX,
     LINK_OUTPUT_BYTES,
     LINK_PING_MS,
     LINK_WRITE_BYTES_MAX,
@@ -317,8 +318,11 @@ class Link:
 
     def submit(self, payload: Payload | Follow | Unfollow, on_answer: Callable[[Answer], None]) -> None:
         """Send a request with all that comes in this turn of the loop; `on_answer` gets its answer, once."""
+        # For a shard that is away more is kept: it is done once the shard is back.
+        is_placed_now = self._end is not None and isinstance(payload, PlaceBid)
+        line_max = LINK_LINE_MAX if is_placed_now else LINK_IN_FLIGHT_MAX
         # Who watches is bounded by the sockets that there are, and must not get lost.
-        if len(self._in_flight) >= LINK_IN_FLIGHT_MAX and not isinstance(payload, _UNBOUNDED):
+        if len(self._in_flight) >= line_max and not isinstance(payload, _UNBOUNDED):
             on_answer(BUSY)
             return
         number = self._next_request

@@ -20,11 +20,13 @@ from engine.limits import (
     HEARTBEATS_MISSED_MAX,
     HELLO_TIMEOUT_MS,
     IN_FLIGHT_MAX,
+    RATE_REFUSALS_MAX,
     SUBSCRIPTIONS_MAX,
     TOKEN_GRACE_MS,
 )
 from engine.rejections import Rejection
 from gateway import wire
+from gateway.rates import rate_limited
 from gateway.tokens import Identity, TokenInvalid
 
 # Why a socket is closed, as the protocol's close codes
@@ -61,6 +63,12 @@ class PendingSubscription(msgspec.Struct, eq=False):
 
 class Send(msgspec.Struct, frozen=True, gc=False):
     """Send a text message to the client."""
+
+    data: bytes
+
+
+class Refuse(msgspec.Struct, frozen=True, gc=False):
+    """Send a refusal that should cost as little as possible: there are many of them when there is much to do."""
 
     data: bytes
 
@@ -109,7 +117,7 @@ class UnfollowUser(msgspec.Struct, frozen=True):
     """Stop what concerns the client's user. Has no answer."""
 
 
-Intent = Send | Ping | Close | Submit | Subscribe | Unsubscribe | FollowUser | UnfollowUser
+Intent = Send | Refuse | Ping | Close | Submit | Subscribe | Unsubscribe | FollowUser | UnfollowUser
 
 
 class _Subscription(msgspec.Struct, eq=False):
@@ -132,6 +140,8 @@ class Session:
         "_opened_at",
         "_ping_at",
         "_pings_unanswered",
+        "_refusals",
+        "_refusals_since",
         "_subscriptions",
         "_unanswered",
         "_verify",
@@ -152,6 +162,9 @@ class Session:
         """Subscriptions that were handed on and not answered yet, cancelled ones included."""
         self._errors = 0
         self._errors_since = now
+        self._refusals = 0
+        """For its rate, since `_refusals_since`."""
+        self._refusals_since = now
         self._ping_at = now + HEARTBEAT_MS
         self._pings_unanswered = 0
 
@@ -184,6 +197,25 @@ class Session:
                 return [Send(wire.encode_time(message.ref, message.t0, now, now))]
             case wire.Ping():
                 return [Send(wire.encode_pong(message.ref))]
+
+    def rate_limited(self, data: bytes, retry_after_ms: int, now: int) -> list[Intent]:
+        """Refuse a whole text message, for there were too many; who goes on all the same is closed."""
+        return self.over_rate(now) or self.refused(data, rate_limited(retry_after_ms))
+
+    def refused(self, data: bytes, rejection: Rejection) -> list[Intent]:
+        """Refuse a whole text message unread, but for its `ref`."""
+        return [] if self.is_closed else [_refusal(wire.ref_of(data), rejection, None)]
+
+    def over_rate(self, now: int) -> list[Intent]:
+        """Note something that came too often; after too many of these this is closed."""
+        self.activity()
+        if now - self._refusals_since >= ERRORS_WINDOW_MS:
+            self._refusals = 0
+            self._refusals_since = now
+        self._refusals += 1
+        if self._refusals < RATE_REFUSALS_MAX:
+            return []
+        return self._close(TOO_MANY, "There were too many requests; try again in a minute.")
 
     def binary_received(self) -> list[Intent]:
         """Take a binary message: the protocol has none."""
@@ -356,10 +388,13 @@ def _user(identity: Identity | None) -> UUID | None:
     return None if identity is None else identity.user
 
 
-def _refusal(ref: wire.Ref, rejection: Rejection, bid_id: UUID | None) -> Send:
+def _refusal(ref: wire.Ref, rejection: Rejection, bid_id: UUID | None) -> Send | Refuse:
     """A refusal by the rules is a verdict; one by the engine says that it came to none."""
     match rejection.code:
-        case "busy" | "rate_limited" | "unavailable" | "internal" | "outcome_unknown" as code:
+        case "busy" | "rate_limited" as code:
+            data = wire.encode_error(ref, code, rejection.message, retry_after_ms=rejection.retry_after_ms)
+            return Refuse(data)
+        case "unavailable" | "internal" | "outcome_unknown" as code:
             return _error(ref, code, rejection.message, retry_after_ms=rejection.retry_after_ms)
         case _:
             return Send(wire.encode_rejected(ref, rejection, bid_id))

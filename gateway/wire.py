@@ -142,6 +142,14 @@ def decode(data: bytes) -> Message:
     return message
 
 
+def ref_of(data: bytes) -> Ref:
+    """What a client calls a message that is not read otherwise; None where that cannot be told."""
+    try:
+        return _decode_only_ref(data).ref
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
 def topic_auction(topic: Topic) -> UUID | None:
     """The auction that a topic is about; None for `me`, which is about the user."""
     return None if topic == _ME else UUID(topic.removeprefix("auction:"))
@@ -151,6 +159,12 @@ def topic_name(auction: UUID | None) -> str:
     """The topic of an auction, or of the user (None), as clients call it."""
     return _ME if auction is None else f"auction:{auction}"
 
+
+class _OnlyRef(Struct, frozen=True):
+    ref: Ref = None
+
+
+_decode_only_ref: Final[Callable[[bytes], _OnlyRef]] = msgspec.json.Decoder(_OnlyRef).decode
 
 # Saying what is wrong
 

@@ -35,6 +35,7 @@ from gateway.session import (
     PendingBid,
     PendingSubscription,
     Ping,
+    Refuse,
     Send,
     Session,
     Submit,
@@ -323,7 +324,7 @@ class Conversation:
         frames = []
         for index, intent in enumerate(intents):
             match intent:
-                case Send():
+                case Send() | Refuse():
                     frames.append(read_frame(intent.data))
                 case Close():
                     assert intent.code in CLOSE_CODES
@@ -400,7 +401,8 @@ class Wire(asyncio.Transport):
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         # Asked for a TLS object picows writes through its transport, not past it into the socket.
-        return {"socket": Socket(), "ssl_object": self}.get(name, default)
+        # From here as much is taken as comes.
+        return {"socket": Socket(), "ssl_object": self, "peername": ("127.0.0.1", 1)}.get(name, default)
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         self._protocol = protocol

@@ -14,6 +14,7 @@ from gateway.session import (
     Intent,
     PendingBid,
     Ping,
+    Refuse,
     Send,
     Session,
     Submit,
@@ -66,7 +67,7 @@ class Client:
 
 
 def read(intents: list[Intent]) -> list[Any]:
-    return [json.loads(intent.data) if isinstance(intent, Send) else intent for intent in intents]
+    return [json.loads(intent.data) if isinstance(intent, Send | Refuse) else intent for intent in intents]
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ class Engine:
         self.pool = pool
         self.shard: RunningShard | None = None
         self.gateway: RunningGateway
-        self.port = _free_port()
+        self.port = free_port()
 
     async def start(self) -> None:
         await Directory(self.pool).lay_out(1)
@@ -91,7 +91,9 @@ class Engine:
             ),
             **changes,
         }
-        response = await self.request("POST", "/api/v1/auctions", MAKER, json=body)
+        # Where the machine stood still for a second, the shard first makes sure that it is the owner.
+        while (response := await self.request("POST", "/api/v1/auctions", MAKER, json=body)).status_code == 503:
+            pass
         assert response.status_code == 201, response.text
         auction: str = response.json()["data"]["auction_id"]
         return auction
@@ -176,7 +178,7 @@ async def engine(
         gc.set_threshold(*thresholds)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
