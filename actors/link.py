@@ -22,9 +22,12 @@ from actors.messages import (
     Answer,
     Answered,
     Batch,
+    Follow,
     GatewayFrame,
     GetAuction,
     Greeting,
+    Message,
+    Noticed,
     Output,
     Payload,
     Proof,
@@ -33,6 +36,7 @@ from actors.messages import (
     Request,
     ShardFrame,
     Subscribe,
+    Unfollow,
     Unsubscribe,
     Welcome,
     decode_gateway_frame,
@@ -67,6 +71,7 @@ _DEATHS_MAX: Final = 2
 _MESSAGE_BYTES: Final = 256
 """About the size of an answer without events."""
 _RETRY_S: Final = 0.05
+_UNBOUNDED: Final = (Subscribe, Unsubscribe, Follow, Unfollow)
 
 
 def send(transport: picows.WSTransport, message: GatewayFrame | ShardFrame) -> None:
@@ -151,9 +156,9 @@ class _ShardEnd(picows.WSListener):
         self._pulse: _Pulse
         self._greeting_timer: asyncio.TimerHandle
 
-    def deliver(self, messages: list[Answered | Published]) -> None:
+    def deliver(self, messages: list[Message]) -> None:
         """See `Outlet`: out at once; a gateway that does not read is cut off and comes back."""
-        part: list[Answered | Published] = []
+        part: list[Message] = []
         part_bytes = 0
         for message in messages:
             part.append(message)
@@ -163,7 +168,7 @@ class _ShardEnd(picows.WSListener):
                 part, part_bytes = [], 0
         self._send(part)
 
-    def _send(self, messages: list[Answered | Published]) -> None:
+    def _send(self, messages: list[Message]) -> None:
         if self.is_gone or not messages:
             return
         send(self._transport, Output(messages))
@@ -235,7 +240,13 @@ class _InFlight:
 
     __slots__ = ("deaths", "expires_at", "links", "on_answer", "payload", "request")
 
-    def __init__(self, request: int, payload: Payload, on_answer: Callable[[Answer], None], expires_at: float) -> None:
+    def __init__(
+        self,
+        request: int,
+        payload: Payload | Follow | Unfollow,
+        on_answer: Callable[[Answer], None],
+        expires_at: float,
+    ) -> None:
         self.request = request
         self.payload = payload
         self.on_answer = on_answer
@@ -248,14 +259,14 @@ class _InFlight:
     @property
     def is_command(self) -> bool:
         """Whether it may change something, so that it matters if it was done."""
-        return not isinstance(self.payload, GetAuction | Subscribe)
+        return not isinstance(self.payload, GetAuction | Subscribe | Follow)
 
 
 class Link:
     """A gateway's connection to one shard, through all its incarnations.
 
-    `find_owner` looks the shard up; `on_published` gets its events; `on_open` is called with the shard whenever a
-    link has opened, before anything is sent again, so that topics can be asked for anew.
+    `find_owner` looks the shard up; `on_published` gets its events, and `on_noticed` its notices; `on_open` is called
+    with the shard whenever a link has opened, before anything is sent again, so that topics can be asked for anew.
     """
 
     def __init__(
@@ -267,6 +278,7 @@ class Link:
         network: Network,
         find_owner: Callable[[int], Awaitable[Owner | None]],
         on_published: Callable[[Published], None],
+        on_noticed: Callable[[Noticed], None],
         on_open: Callable[[int], None],
     ) -> None:
         self.shard = shard
@@ -275,6 +287,7 @@ class Link:
         self._network = network
         self._find_owner = find_owner
         self._on_published = on_published
+        self._on_noticed = on_noticed
         self._on_open = on_open
         self._epoch = 0
         self._owner: UUID | None = None
@@ -303,19 +316,19 @@ class Link:
         if self._end is not None:
             self._end.disconnect()
 
-    def submit(self, payload: Payload, on_answer: Callable[[Answer], None]) -> None:
+    def submit(self, payload: Payload | Follow | Unfollow, on_answer: Callable[[Answer], None]) -> None:
         """Send a request with all that comes in this turn of the loop; `on_answer` gets its answer, once."""
         # For a shard that is away more is kept: it is done once the shard is back.
         is_placed_now = self._end is not None and isinstance(payload, PlaceBid)
         line_max = LINK_LINE_MAX if is_placed_now else LINK_IN_FLIGHT_MAX
         # Who watches is bounded by the sockets that there are, and must not get lost.
-        if len(self._in_flight) >= line_max and not isinstance(payload, Subscribe | Unsubscribe):
+        if len(self._in_flight) >= line_max and not isinstance(payload, _UNBOUNDED):
             on_answer(BUSY)
             return
         number = self._next_request
         self._next_request += 1
         waiting = _InFlight(number, payload, on_answer, self._loop.time() + COMMAND_TIMEOUT_MS / SECOND_MS)
-        if not isinstance(payload, Unsubscribe):
+        if not isinstance(payload, Unsubscribe | Unfollow):
             self._in_flight[number] = waiting
         if self._end is not None:
             self._queue(waiting)
@@ -412,12 +425,14 @@ class Link:
                 self._batch = [one for one in self._batch if one is not waiting]
                 self._answer(number, OUTCOME_UNKNOWN if waiting.is_command and waiting.links > 0 else UNAVAILABLE)
 
-    def _receive(self, messages: list[Answered | Published]) -> None:
+    def _receive(self, messages: list[Message]) -> None:
         for message in messages:
             if isinstance(message, Answered):
                 self._answer(message.request, message.answer)
-            else:
+            elif isinstance(message, Published):
                 self._on_published(message)
+            else:
+                self._on_noticed(message)
 
     def _answer(self, number: int, answer: Answer) -> None:
         waiting = self._in_flight.pop(number, None)
@@ -433,12 +448,12 @@ class Link:
             logger.exception("an answer could not be passed on")
 
 
-def _events_bytes(message: Answered | Published) -> int:
-    events = message.events if isinstance(message, Published) else getattr(message.answer, "events", None)
+def _events_bytes(message: Message) -> int:
+    events = getattr(message.answer if isinstance(message, Answered) else message, "events", None)
     return 0 if events is None else len(events)
 
 
-def _without_doing_it(payload: Payload) -> Payload:
+def _without_doing_it(payload: Payload | Follow | Unfollow) -> Payload | Follow | Unfollow:
     """Ask only what became of a command that may be what kills the shard."""
     match payload:
         case PlaceBid():
@@ -460,7 +475,7 @@ class _GatewayEnd(picows.WSListener):
         shard: int,
         epoch_min: int,
         secret: bytes,
-        on_messages: Callable[[list[Answered | Published]], None],
+        on_messages: Callable[[list[Message]], None],
     ) -> None:
         self.epoch = epoch_min
         self.owner: UUID | None = None

@@ -11,8 +11,10 @@ from uuid import UUID
 
 import msgspec
 
-from engine.auction import Snapshot
+from engine.auction import Snapshot, Status
 from engine.commands import CancelAuction, EndAuction, OpenAuction, PlaceBid
+from engine.events import Outcome
+from engine.notices import NoticeKind
 from engine.rejections import Rejection
 
 VERSION: Final = 1
@@ -51,6 +53,21 @@ class Unsubscribe(msgspec.Struct, frozen=True, tag="unsubscribe", array_like=Tru
     auction: UUID
 
 
+class Follow(msgspec.Struct, frozen=True, tag="follow", array_like=True):
+    """Ask for what concerns these users, in all auctions of the shard, from now on and on this link.
+
+    Its answer comes when all that was decided before is in the journal.
+    """
+
+    users: list[UUID]
+
+
+class Unfollow(msgspec.Struct, frozen=True, tag="unfollow", array_like=True):
+    """Stop what concerns these users on this link. Has no answer."""
+
+    users: list[UUID]
+
+
 Payload = OpenAuction | PlaceBid | EndAuction | CancelAuction | GetAuction | Recall | Subscribe | Unsubscribe
 
 
@@ -58,7 +75,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Something to do or to tell; the answer carries the same `request` number."""
 
     request: int
-    payload: Payload
+    payload: Payload | Follow | Unfollow
 
 
 class Proof(msgspec.Struct, frozen=True, tag="proof", array_like=True):
@@ -113,6 +130,8 @@ class AuctionView(msgspec.Struct, frozen=True, tag="view", array_like=True):
     reserve_price: int | None
     """For its maker and admins only: the gateway decides."""
     ended_at: int | None
+    at: int
+    """Of the event `seq`."""
 
 
 class Subscribed(msgspec.Struct, frozen=True, tag="subscribed", array_like=True):
@@ -125,7 +144,11 @@ class Subscribed(msgspec.Struct, frozen=True, tag="subscribed", array_like=True)
     you: You | None
 
 
-Answer = BidAccepted | AuctionView | Subscribed | Rejection
+class Followed(msgspec.Struct, frozen=True, tag="followed", array_like=True):
+    """The users are followed."""
+
+
+Answer = BidAccepted | AuctionView | Subscribed | Followed | Rejection
 
 
 class Answered(msgspec.Struct, frozen=True, tag="answered", array_like=True, gc=False):
@@ -142,6 +165,25 @@ class Published(msgspec.Struct, frozen=True, tag="published", array_like=True):
     first: int
     last: int
     events: bytes
+
+
+class Noticed(msgspec.Struct, frozen=True, kw_only=True, tag="noticed", array_like=True):
+    """An event, committed, that concerns `user`; the rest is the auction, and how the user stands, right after it."""
+
+    user: UUID
+    auction: UUID
+    kind: NoticeKind
+    seq: int
+    at: int
+    price: int
+    minimum: int
+    end_time: int
+    status: Status
+    outcome: Outcome | None
+    you: You
+
+
+Message = Answered | Published | Noticed
 
 
 class Greeting(msgspec.Struct, frozen=True, tag="greeting", array_like=True):
@@ -161,9 +203,9 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome", array_like=True):
 
 
 class Output(msgspec.Struct, frozen=True, tag="output", array_like=True):
-    """Answers and events, in the order in which they were decided."""
+    """Answers, events and notices, in the order in which they were decided."""
 
-    messages: list[Answered | Published]
+    messages: list[Message]
 
 
 ShardFrame = Greeting | Welcome | Output

@@ -24,6 +24,7 @@ import msgspec
 from actors.deadlines import Deadlines
 from actors.directory import slot_of
 from actors.entities import NO_SNAPSHOT, SNAPSHOT_VERSION, Entity, Recorded, bid_accepted
+from actors.followers import Followers, noticed
 from actors.journal import (
     EntityRow,
     Fenced,
@@ -39,13 +40,18 @@ from actors.journal import (
 from actors.messages import (
     Answer,
     Answered,
+    Follow,
+    Followed,
     GetAuction,
+    Message,
+    Noticed,
     Payload,
     Published,
     Recall,
     Request,
     Subscribe,
     Subscribed,
+    Unfollow,
     Unsubscribe,
 )
 from engine.auction import decide, due_at, snapshot
@@ -80,6 +86,7 @@ from engine.rejections import BUSY, INTERNAL, NOT_FOUND, OUTCOME_UNKNOWN, UNAVAI
 
 logger = logging.getLogger(__name__)
 
+_OF_USERS = (Follow, Unfollow)
 _NEVER_TAKEN = Rejection("internal", "This was not done: something went wrong on our side.")
 
 
@@ -88,7 +95,7 @@ class Outlet(Protocol):
 
     is_gone: bool
 
-    def deliver(self, messages: list[Answered | Published]) -> None:
+    def deliver(self, messages: list[Message]) -> None:
         """Pass messages on, in order; never blocks, never raises."""
 
 
@@ -122,7 +129,7 @@ class _Turn:
         self.rows: list[Row] = []
         self.entities: dict[UUID, EntityRow] = {}
         self.snapshots: list[SnapshotRow] = []
-        self.steps: list[_Reply | _Happened | _Recollection] = []
+        self.steps: list[_Reply | _Happened | Noticed | _Recollection] = []
         self.requests = 0
         self.paid_until: int | None = None
         """For a turn that pays an outage back: until when."""
@@ -156,6 +163,7 @@ class Shard:
         self._deadlines = Deadlines()
         self._watchers: dict[UUID, dict[Outlet, int]] = {}
         """Who gets an auction's events, and after which `seq`: what came before stands in its subscription's answer."""
+        self._followers: Followers[Outlet] = Followers()
         self._turn = _Turn(1)
         self._released = 0
         self._unsaved: dict[UUID, SnapshotRow] = {}
@@ -211,8 +219,11 @@ class Shard:
     def take(self, requests: Iterable[Request], outlet: Outlet) -> None:
         """One turn: take up requests that arrived together, in order, at this moment."""
         now = self._clock()
-        refused: list[Answered | Published] = []
+        refused: list[Message] = []
         for request in requests:
+            if isinstance(request.payload, _OF_USERS):
+                self._take_follow(request.payload, request.request, outlet)
+                continue
             entity_id = request.payload.auction
             entity = self._awake.get(entity_id)
             if isinstance(request.payload, Unsubscribe):
@@ -240,6 +251,7 @@ class Shard:
         """An outlet is gone: no more events for it."""
         for topic in [topic for topic, outlets in self._watchers.items() if outlet in outlets]:
             self._unwatch(topic, outlet)
+        self._followers.leave(outlet)
 
     # One request
 
@@ -254,6 +266,14 @@ class Shard:
         if slot_of(entity_id) not in self._slots:
             return UNAVAILABLE
         return BUSY if len(self._waking) >= WAKING_MAX else None
+
+    def _take_follow(self, payload: Follow | Unfollow, request: int, outlet: Outlet) -> None:
+        """Never refused, and none of what stands in the line: there are at most as many as sockets."""
+        if isinstance(payload, Unfollow):
+            self._followers.unfollow(outlet, payload.users)
+        else:
+            self._followers.follow(outlet, payload.users)
+            self._turn.steps.append(_Reply(outlet, request, Followed()))
 
     def _take_unsubscribe(self, entity_id: UUID, waiting: _Waiting) -> None:
         """Never refused, and nobody is woken for it; but it stays behind a subscription that waits."""
@@ -389,10 +409,13 @@ class Shard:
         is_watched = entity.id in self._watchers
         first = None
         for event in events:
+            concerned = self._followers.concerned(entity, event) if self._followers.by_user else ()
             recorded, row = entity.record(event, now, known_by, private)
             turn.rows.append(row)
             if is_watched:
                 turn.steps.append(_Happened(entity.id, recorded))
+            for user, kind in concerned:
+                turn.steps.append(noticed(entity, recorded, user, kind))
             if first is None:
                 first, known_by, private = recorded, None, None
         assert first is not None
@@ -698,7 +721,7 @@ class Shard:
             self._record(entity, decided, now, None)
 
     def _release(self, turn: _Turn) -> None:
-        outputs: dict[Outlet, list[Answered | Published]] = {}
+        outputs: dict[Outlet, list[Message]] = {}
         happened: dict[UUID, list[Recorded]] = {}
         for step in turn.steps:
             if isinstance(step, _Reply):
@@ -707,6 +730,9 @@ class Shard:
                 outputs.setdefault(step.outlet, []).append(Answered(step.request, step.answer))
             elif isinstance(step, _Happened):
                 happened.setdefault(step.topic, []).append(step.recorded)
+            elif isinstance(step, Noticed):
+                for outlet in self._followers.by_user.get(step.user, ()):
+                    outputs.setdefault(outlet, []).append(step)
             else:
                 self._run(self._recollect(step))
         for topic, events in happened.items():
@@ -718,7 +744,7 @@ class Shard:
         for outlet, messages in outputs.items():
             outlet.deliver(messages)
 
-    def _publish(self, topic: UUID, events: list[Recorded], outputs: dict[Outlet, list[Answered | Published]]) -> None:
+    def _publish(self, topic: UUID, events: list[Recorded], outputs: dict[Outlet, list[Message]]) -> None:
         first = events[0].seq
         published = Published(topic, first, events[-1].seq, _join(events))
         for outlet, after in self._watchers.get(topic, {}).items():
@@ -792,7 +818,7 @@ class _Asking:
     def __init__(self) -> None:
         self.answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
 
-    def deliver(self, messages: list[Answered | Published]) -> None:
+    def deliver(self, messages: list[Message]) -> None:
         for message in messages:
             if isinstance(message, Answered) and not self.answer.done():
                 self.answer.set_result(message.answer)

@@ -16,12 +16,12 @@ import uvicorn
 from actors.bootstrap import Host, Place, host_of, keep_synchronised, set_up_logging, settle_memory
 from actors.clock import Clock
 from actors.database import ERRORS
-from actors.directory import Directory
 from actors.ray_actor import begin, die_if_failed, spawn
 from engine.limits import MEBIBYTE, RAISED_ADDRESSES
 from gateway.api.edge import HEALTHY, Edge
 from gateway.app import create_app
 from gateway.bootstrap import connect
+from gateway.people import People
 from gateway.rates import Rates, networks
 from gateway.room import Memory, memory_share_bytes, raise_file_limit, sockets_for
 from gateway.router import Router
@@ -61,12 +61,13 @@ class RunningGateway:
         self._sockets: Sockets
         self._memory: Memory
         self._router: Router
+        self._people: People
         self._server: uvicorn.Server
         self._tasks: list[asyncio.Task[None] | asyncio.Task[NoReturn]] = []
 
     async def serve(self, door: Door) -> None:
         """Open the links and the port; return when bids can be placed."""
-        self._router, fanout = await connect(self._host, self._name, Directory(self._pool))
+        self._router, fanout, self._people = await connect(self._host, self._name, self._pool)
         verifier = Verifier(door.public_key)
         rates = Rates(networks(door.raised_addresses))
         self._sockets = self._make_room(door, rates)
@@ -80,7 +81,7 @@ class RunningGateway:
         )
         config = uvicorn.Config(
             create_app(edge),
-            ws=make_protocol(self._router, fanout, verifier.verify, self._clock, self._sockets),
+            ws=make_protocol(self._router, fanout, self._people, verifier.verify, self._clock, self._sockets),
             http=HttpProtocol,
             lifespan="off",
             log_config=None,
@@ -116,6 +117,7 @@ class RunningGateway:
         await serving
         for task in others:
             task.cancel()
+        await self._people.close()
         await self._router.close()
         await self._pool.close()
 

@@ -53,7 +53,8 @@ class PendingSubscription(msgspec.Struct, eq=False):
     """A subscription on its way. Once it is cancelled, its answer is for nobody."""
 
     ref: wire.Ref
-    auction: UUID
+    auction: UUID | None
+    """None for the topic `me`."""
     is_cancelled: bool = False
 
 
@@ -105,7 +106,18 @@ class Unsubscribe(msgspec.Struct, frozen=True):
     topic: UUID
 
 
-Intent = Send | Refuse | Ping | Close | Submit | Subscribe | Unsubscribe
+class FollowUser(msgspec.Struct, frozen=True):
+    """Send the client what concerns its user, and hand the user's standings to `subscribed`."""
+
+    user: UUID
+    pending: PendingSubscription
+
+
+class UnfollowUser(msgspec.Struct, frozen=True):
+    """Stop what concerns the client's user. Has no answer."""
+
+
+Intent = Send | Refuse | Ping | Close | Submit | Subscribe | Unsubscribe | FollowUser | UnfollowUser
 
 
 class _Subscription(msgspec.Struct, eq=False):
@@ -144,7 +156,8 @@ class Session:
         self._is_welcomed = False
         self._identity: Identity | None = None
         self._in_flight = 0
-        self._subscriptions: dict[UUID, _Subscription] = {}
+        self._subscriptions: dict[UUID | None, _Subscription] = {}
+        """By auction; None for the topic `me`."""
         self._unanswered = 0
         """Subscriptions that were handed on and not answered yet, cancelled ones included."""
         self._errors = 0
@@ -229,7 +242,9 @@ class Session:
                 # The shard did something, though not what was asked; a retry finds out.
                 return [_error(pending.ref, "outcome_unknown", "The answer to this bid was not understood.")]
 
-    def subscribed(self, pending: PendingSubscription, answer: Subscribed | Rejection) -> list[Intent]:
+    def subscribed(
+        self, pending: PendingSubscription, answer: Subscribed | list[wire.Standing] | Rejection
+    ) -> list[Intent]:
         """Pass on the answer to a subscription."""
         self._unanswered -= 1
         if self.is_closed or pending.is_cancelled:
@@ -237,8 +252,12 @@ class Session:
         subscription = self._subscriptions[pending.auction]
         subscription.pending = None
         if isinstance(answer, Subscribed):
+            assert pending.auction is not None
             subscription.is_live = True
             return [Send(wire.encode_subscribed(pending.ref, pending.auction, answer))]
+        if isinstance(answer, list):
+            subscription.is_live = True
+            return [Send(wire.encode_standings(pending.ref, answer))]
         # Refused again, a topic keeps what it had.
         if not subscription.is_live:
             del self._subscriptions[pending.auction]
@@ -307,7 +326,9 @@ class Session:
         return [Submit(bid, PendingBid(message.ref, message.auction, message.bid_id))]
 
     def _subscribe(self, message: wire.Subscribe) -> list[Intent]:
-        auction = wire.topic_auction(message.topic)
+        auction, user = wire.topic_auction(message.topic), _user(self._identity)
+        if auction is None and user is None:
+            return [_refusal(message.ref, Rejection("not_authenticated", "Log in to hear what concerns you."), None)]
         subscription = self._subscriptions.get(auction)
         is_over = subscription is None and len(self._subscriptions) >= SUBSCRIPTIONS_MAX
         # Asked for and left again and again without waiting, that is bounded, too.
@@ -320,14 +341,17 @@ class Session:
             return [_error(message.ref, "too_many", "The last subscription to this topic is not answered yet.")]
         pending = subscription.pending = PendingSubscription(message.ref, auction)
         self._unanswered += 1
-        return [Subscribe(auction, _user(self._identity), message.since, pending)]
+        if auction is None:
+            assert user is not None
+            return [FollowUser(user, pending)]
+        return [Subscribe(auction, user, message.since, pending)]
 
     def _unsubscribe(self, message: wire.Unsubscribe) -> list[Intent]:
         auction = wire.topic_auction(message.topic)
         intents: list[Intent] = []
         subscription = self._subscriptions.pop(auction, None)
         if subscription is not None:
-            intents.append(Unsubscribe(auction))
+            intents.append(UnfollowUser() if auction is None else Unsubscribe(auction))
             pending = subscription.pending
             if pending is not None:
                 pending.is_cancelled = True

@@ -43,6 +43,7 @@ from engine.rejections import BUSY, Rejection
 from gateway.rates import Rates, Visit, rate_limited
 from gateway.session import (
     Close,
+    FollowUser,
     Intent,
     PendingBid,
     PendingSubscription,
@@ -52,9 +53,11 @@ from gateway.session import (
     Session,
     Submit,
     Subscribe,
+    UnfollowUser,
     Unsubscribe,
     Verify,
 )
+from gateway.wire import Standing
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +128,18 @@ class Fanout(Protocol):
         ...
 
 
+class People(Protocol):
+    """Where a user's notices come from."""
+
+    def follow(self, user: UUID, sink: Sink, on_subscribed: Callable[[list[Standing] | Rejection], None], /) -> None:
+        """Have `on_subscribed` called once, before any later notice is sent to `sink`."""
+        ...
+
+    def drop(self, sink: Sink, /) -> None:
+        """Send no more notices to `sink`."""
+        ...
+
+
 class Sockets:
     """The open sockets of a gateway; at most `sockets_max` are let in, and no address more than its rates allow."""
 
@@ -171,7 +186,7 @@ class Sockets:
 
 
 def make_protocol(
-    router: Router, fanout: Fanout, verify: Verify, clock: Callable[[], int], sockets: Sockets
+    router: Router, fanout: Fanout, people: People, verify: Verify, clock: Callable[[], int], sockets: Sockets
 ) -> type[asyncio.Protocol]:
     """Make the class that uvicorn takes as `ws=`. `clock` gives milliseconds since the epoch."""
 
@@ -190,7 +205,7 @@ def make_protocol(
         response = WSUpgradeResponse.create_101_response(
             {"Sec-WebSocket-Protocol": SUBPROTOCOL} if is_offered else None
         )
-        socket = ClientSocket(router, fanout, Session(uuid4(), verify, clock()), clock, sockets)
+        socket = ClientSocket(router, fanout, people, Session(uuid4(), verify, clock()), clock, sockets)
         return WSUpgradeResponseWithListener(response, socket)
 
     class LiveProtocol(_LiveProtocol):
@@ -208,6 +223,7 @@ class ClientSocket(WSListener):
         "_fanout",
         "_fragments",
         "_is_closing",
+        "_people",
         "_rest",
         "_router",
         "_session",
@@ -220,10 +236,17 @@ class ClientSocket(WSListener):
     _visit: Visit
 
     def __init__(
-        self, router: Router, fanout: Fanout, session: Session, clock: Callable[[], int], sockets: Sockets
+        self,
+        router: Router,
+        fanout: Fanout,
+        people: People,
+        session: Session,
+        clock: Callable[[], int],
+        sockets: Sockets,
     ) -> None:
         self._router = router
         self._fanout = fanout
+        self._people = people
         self._session = session
         self._clock = clock
         self._sockets = sockets
@@ -367,6 +390,10 @@ class ClientSocket(WSListener):
                     self._fanout.subscribe(intent.topic, intent.viewer, intent.since, self, on_subscribed)
                 case Unsubscribe():
                     self._fanout.unsubscribe(intent.topic, self)
+                case FollowUser():
+                    self._people.follow(intent.user, self, partial(self._subscribed, intent.pending))
+                case UnfollowUser():
+                    self._people.drop(self)
                 case Ping():
                     self.transport.send_ping()
                 case Close():
@@ -402,7 +429,7 @@ class ClientSocket(WSListener):
         if not transport.is_closing():
             transport.resume_reading()
 
-    def _subscribed(self, pending: PendingSubscription, answer: Subscribed | Rejection) -> None:
+    def _subscribed(self, pending: PendingSubscription, answer: Subscribed | list[Standing] | Rejection) -> None:
         if not self._is_closing:
             self._run(self._session.subscribed(pending, answer))
 
@@ -424,6 +451,7 @@ class ClientSocket(WSListener):
             self._is_closing = True
             self._sockets.discard(self)
             self._fanout.drop(self)
+            self._people.drop(self)
 
 
 class _LiveProtocol(WSProtocol):  # type: ignore[misc]  # Any, as far as the stub goes.

@@ -19,9 +19,13 @@ from actors.messages import (
     AuctionView,
     Batch,
     BidAccepted,
+    Follow,
+    Followed,
     GatewayFrame,
     GetAuction,
     Greeting,
+    Message,
+    Noticed,
     Output,
     Proof,
     Published,
@@ -30,6 +34,7 @@ from actors.messages import (
     ShardFrame,
     Subscribe,
     Subscribed,
+    Unfollow,
     Unsubscribe,
     Welcome,
     You,
@@ -67,6 +72,7 @@ FROM_GATEWAYS: Final = [
     Batch([]),
     Batch([Request(1, GetAuction(AUCTION, None)), Request(2, Unsubscribe(AUCTION))]),
     Batch([Request(3, bid(ANNA, 1_000)), Request(4, bid(ANNA, up_to=2_000)), Request(5, opening(reserve_price=1))]),
+    Batch([Request(10, Follow([ANNA, MAKER])), Request(11, Unfollow([ANNA]))]),
     Batch([Request(6, Subscribe(AUCTION, ANNA, 3)), Request(7, Recall(AUCTION, b"command", ANNA))]),
     Batch(
         [
@@ -75,13 +81,27 @@ FROM_GATEWAYS: Final = [
         ]
     ),
 ]
+NOTICED: Final = Noticed(
+    user=ANNA,
+    auction=AUCTION,
+    kind="won",
+    seq=9,
+    at=NOW,
+    price=100,
+    minimum=105,
+    end_time=NOW,
+    status="ended",
+    outcome="sold",
+    you=You(1, 100, is_leading=True),
+)
 FROM_SHARDS: Final = [
     Greeting(VERSION, NUMBER, EPOCH, UUID(int=1), bytes(32)),
     Welcome(MAC),
     Output([]),
     Output([Answered(1, BidAccepted(7, bytes(32), NOW, "leading", 100, 3, 900, 105, NOW + 1)), Answered(2, BUSY)]),
     Output([Answered(3, Subscribed(5, b'{"seq":5}', None, You(1, 100, is_leading=True)))]),
-    Output([Answered(4, AuctionView(5, SNAPSHOT, None, MAKER, 100, NOW)), Answered(5, Rejection("ended", "é"))]),
+    Output([Answered(4, AuctionView(5, SNAPSHOT, None, MAKER, 100, NOW, NOW)), Answered(5, Rejection("ended", "é"))]),
+    Output([Answered(6, Followed()), NOTICED]),
     Output([Published(AUCTION, 6, 7, b'{"seq":6},{"seq":7}')]),
 ]
 
@@ -261,10 +281,10 @@ def test_a_gateway_takes_whatever_comes(randomness: random.Random, faults: list[
     is_open = False
     taken = 0
 
-    def take(messages: list[Answered | Published]) -> None:
+    def take(messages: list[Message]) -> None:
         nonlocal taken
         assert is_open, "answers came from who has not proved anything"
-        assert all(type(message) in {Answered, Published} for message in messages)
+        assert all(type(message) in {Answered, Noticed, Published} for message in messages)
         taken += 1
 
     def talk(frames: int) -> int:

@@ -27,6 +27,7 @@ from actors.messages import (
     GatewayFrame,
     GetAuction,
     Greeting,
+    Noticed,
     Output,
     Payload,
     Proof,
@@ -68,6 +69,7 @@ class Site:
         self.links: list[Link] = []
         self.fakes: list[Fake] = []
         self.published: list[Published] = []
+        self.noticed: list[Noticed] = []
         self.opened: list[int] = []
 
     async def find_owner(self, shard: int) -> Owner | None:
@@ -105,6 +107,7 @@ class Site:
             network=WebSockets(),
             find_owner=self.find_owner,
             on_published=self.published.append,
+            on_noticed=self.noticed.append,
             on_open=self.opened.append,
         )
         self.links.append(link)
@@ -675,6 +678,7 @@ async def test_who_is_asked_for_anew_while_older_turns_are_on_their_way_gets_not
         network=WebSockets(),
         find_owner=site.find_owner,
         on_published=fanout.published,
+        on_noticed=site.noticed.append,
         on_open=take_up,
     )
     site.links.append(link)
@@ -739,6 +743,7 @@ async def test_topics_are_asked_for_before_anything_is_sent_again(site: Site) ->
         network=WebSockets(),
         find_owner=site.find_owner,
         on_published=site.published.append,
+        on_noticed=site.noticed.append,
         on_open=resubscribe,
     )
     site.links.append(link)

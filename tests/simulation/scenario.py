@@ -121,6 +121,7 @@ class Scenario:
             outages=self._outages(),
             taken=self.house.observer.taken,
             clock_error_ms=self.nemesis.clock_error_ms,
+            is_calm=not self.nemesis.done,
         )
         violations += [str(violation) for violation in found]
         if not self._is_settled():
@@ -176,6 +177,7 @@ class Scenario:
         users = [UUID(int=random.getrandbits(128), version=4) for _ in range(random.randint(2, 5))]
         # Some are on two devices.
         users += random.sample(users, random.choice((0, 1)))
+        joined: set[tuple[UUID, UUID]] = set()
         gap_s = random.choice((0.03, 0.1, 0.6))
         shared_ids = [UUID(int=random.getrandbits(128), version=4) for _ in range(3)]
         return [
@@ -188,6 +190,7 @@ class Scenario:
                 addresses=self.house.addresses,
                 lots=self._lots,
                 shared_ids=shared_ids,
+                joined=joined,
                 history=self.history,
                 bids_until_us=START_US + int(self.acts_s * SECOND_US),
             )

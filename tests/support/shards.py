@@ -14,11 +14,15 @@ from actors.messages import (
     Answered,
     AuctionView,
     BidAccepted,
+    Follow,
+    Message,
+    Noticed,
     Payload,
     Published,
     Recall,
     Request,
     Subscribed,
+    Unfollow,
 )
 from actors.shard import Shard
 from engine.commands import CancelAuction, EndAuction, OpenAuction, PlaceBid, command_id
@@ -135,11 +139,11 @@ class Recorder:
 
     def __init__(self) -> None:
         self.is_gone = False
-        self.messages: list[Answered | Published] = []
+        self.messages: list[Message] = []
         self.deliveries = 0
         self._came = asyncio.Event()
 
-    def deliver(self, messages: list[Answered | Published]) -> None:
+    def deliver(self, messages: list[Message]) -> None:
         self.messages += messages
         self.deliveries += 1
         self._came.set()
@@ -151,6 +155,11 @@ class Recorder:
     @property
     def published(self) -> list[Published]:
         return [message for message in self.messages if isinstance(message, Published)]
+
+    @property
+    def noticed(self) -> list[tuple[UUID, str, int]]:
+        """Who was told what, of which event."""
+        return [(told.user, told.kind, told.seq) for told in self.messages if isinstance(told, Noticed)]
 
     async def answer(self, request: int) -> Answer:
         while request not in self.answers:
@@ -199,7 +208,7 @@ class House:
         self.died.set()
         raise Died(reason)
 
-    def take(self, outlet: Recorder, *payloads: Payload) -> list[int]:
+    def take(self, outlet: Recorder, *payloads: Payload | Follow | Unfollow) -> list[int]:
         """One turn; returns the numbers of its requests."""
         requests = [Request(self._requests + index, payload) for index, payload in enumerate(payloads, 1)]
         self._requests += len(payloads)
