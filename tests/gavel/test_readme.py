@@ -9,6 +9,7 @@ from pydantic_core import PydanticUndefined
 
 from gavel.__main__ import COMMANDS
 from gavel.settings import PREFIX, Settings, default_data_dir
+from loadtests.scenarios import SCENARIOS
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 SWARM_OPTIONS = Path(__file__).parents[2] / "loadtests" / "swarm" / "options.py"
@@ -49,6 +50,13 @@ def test_the_options_of_the_swarm_are_those_that_there_are() -> None:
     # Read, not imported: importing Locust changes the sockets of the whole process.
     options = re.findall(r'parser\.add_argument\(\s*"(--[a-z-]+)"', SWARM_OPTIONS.read_text(encoding="utf-8"))
     assert [row[0] for row in table_under("Load tests", "option")] == [f"`{name}`" for name in options]
+
+
+def test_the_scenarios_are_those_that_there_are() -> None:
+    assert table_under("Measure it") == [
+        [f"`{name}`", scenario.about[0].lower() + scenario.about[1:].rstrip(".")]
+        for name, scenario in SCENARIOS.items()
+    ]
 
 
 def test_the_python_is_ten_lines_that_compile() -> None:

@@ -1,1 +1,1 @@
-"""Tests of the load generators."""
+"""Tests of what the benchmark and the swarms are made of."""
