@@ -95,8 +95,8 @@ LINK_BATCH_MAX = 64
 LINK_IN_FLIGHT_MAX = 8_192
 """Requests that a gateway has with a shard, or keeps for one that is away."""
 LINK_LINE_MAX = 512
-"""So many of these, and a bid is `busy`. Two shards on one slow core do what they may have in 0.06 s, so that a bid that
-is taken waits hardly longer, and it takes a pause of 0.1 s to refuse any of 5,000 bids a second."""
+"""So many of these, and a bid is `busy`. Two shards on one slow core do as many each in 0.06 s, so that a bid that is
+taken waits hardly longer; and only after a pause of 0.1 s is any of 5,000 bids a second refused."""
 LINK_OUTPUT_BYTES = 1024 * 1024
 """About so much a shard puts into one frame."""
 LINK_WRITE_BYTES_MAX = 64 * 1024 * 1024
