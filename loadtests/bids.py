@@ -20,8 +20,8 @@ import numpy as np
 import uvloop
 
 from loadtests.clients import Client, Pace, connect, disconnect
-from loadtests.engine import Subject, cpu_seconds
 from loadtests.measured import NS_PER_S, GeneratorMeter, Latencies, LoadFailed, Options, Run, bottleneck_notes
+from loadtests.subjects import Subject, cpu_seconds
 
 SOCKETS: Final = 500
 AUCTIONS: Final = 1_000

@@ -7,8 +7,8 @@ from typing import Final
 import uvloop
 
 from engine.limits import HEARTBEAT_MS, SECOND_MS
-from loadtests.engine import Subject, cpu_seconds, memory_bytes
 from loadtests.measured import Options, Run, bottleneck_notes
+from loadtests.subjects import Subject, cpu_seconds, memory_bytes
 from loadtests.watchers import Watchers
 
 SOCKETS: Final = 10_000

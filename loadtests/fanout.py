@@ -14,8 +14,8 @@ import msgspec
 import uvloop
 
 from loadtests.clients import Client, Framing, Pace, connect, disconnect
-from loadtests.engine import Subject, cpu_seconds
 from loadtests.measured import GeneratorMeter, Latencies, LoadFailed, Options, Run, bottleneck_notes
+from loadtests.subjects import Subject, cpu_seconds
 from loadtests.watchers import Bids, Screens, Watchers
 
 SOCKETS: Final = 10_000

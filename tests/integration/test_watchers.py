@@ -11,8 +11,8 @@ import pytest
 from websockets.asyncio.server import ServerConnection, serve
 
 from loadtests.clients import PLAIN, Framing
-from loadtests.engine import Subject
 from loadtests.measured import LoadFailed
+from loadtests.subjects import Subject
 from loadtests.watchers import Bids, Watchers
 
 SOCKETS = 3
