@@ -29,12 +29,12 @@ class GetAuction(msgspec.Struct, frozen=True, tag="get", array_like=True):
     viewer: UUID | None
 
 
-class Subscribe(msgspec.Struct, frozen=True, tag="subscribe", array_like=True):
-    """Ask for an auction's events from now on, on this link, and for what was missed after `since`."""
+class Watch(msgspec.Struct, frozen=True, tag="watch", array_like=True):
+    """Ask for an auction's events from now on, on this link, for what was missed after `since`, and for standings."""
 
     auction: UUID
-    viewer: UUID | None
     since: int | None
+    viewers: list[UUID]
 
 
 class Recall(msgspec.Struct, frozen=True, tag="recall", array_like=True):
@@ -51,7 +51,14 @@ class Unsubscribe(msgspec.Struct, frozen=True, tag="unsubscribe", array_like=Tru
     auction: UUID
 
 
-Payload = OpenAuction | PlaceBid | EndAuction | CancelAuction | GetAuction | Recall | Subscribe | Unsubscribe
+class Viewers(msgspec.Struct, frozen=True, tag="viewers", array_like=True):
+    """So many sockets of this gateway watch an auction. Has no answer."""
+
+    auction: UUID
+    viewers: int
+
+
+Payload = OpenAuction | PlaceBid | EndAuction | CancelAuction | GetAuction | Recall | Watch | Unsubscribe | Viewers
 
 
 class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -115,17 +122,21 @@ class AuctionView(msgspec.Struct, frozen=True, tag="view", array_like=True):
     ended_at: int | None
 
 
-class Subscribed(msgspec.Struct, frozen=True, tag="subscribed", array_like=True):
-    """Events of the topic follow from `seq` + 1 on: with `events` (recovered: all after `since`) or a snapshot."""
+class Watched(msgspec.Struct, frozen=True, tag="watched", array_like=True):
+    """An auction at `seq`. On this link its events up to there came before this, and all others follow."""
 
+    auction: UUID
     seq: int
-    events: bytes | None
-    """Public events as JSON objects, joined by commas; None where they could not be recovered."""
-    snapshot: Snapshot | None
-    you: You | None
+    snapshot: bytes
+    """The public snapshot, as a JSON object."""
+    first: int
+    events: bytes
+    """The public events `first` to `seq` as JSON objects, joined by commas; none where `first` is `seq` + 1."""
+    you: list[You | None]
+    """How each of the viewers stands; None for one that has not bid."""
 
 
-Answer = BidAccepted | AuctionView | Subscribed | Rejection
+Answer = BidAccepted | AuctionView | Watched | Rejection
 
 
 class Answered(msgspec.Struct, frozen=True, tag="answered", array_like=True, gc=False):
@@ -141,7 +152,23 @@ class Published(msgspec.Struct, frozen=True, tag="published", array_like=True):
     topic: UUID
     first: int
     last: int
-    events: bytes
+    events: bytes | None
+    """None where they were folded, for a gateway that is behind: then there is a snapshot."""
+    kept: bytes
+    """Those among them that are never dropped."""
+    snapshot: bytes | None
+    """The public snapshot at `last`; None where more of the same commit follows at once."""
+
+
+class Presence(msgspec.Struct, frozen=True, tag="presence", array_like=True):
+    """So many sockets watch a topic, on all gateways."""
+
+    topic: UUID
+    viewers: int
+
+
+Message = Answered | Published | Presence
+"""What a shard sends on an open link."""
 
 
 class Greeting(msgspec.Struct, frozen=True, tag="greeting", array_like=True):
@@ -163,7 +190,7 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome", array_like=True):
 class Output(msgspec.Struct, frozen=True, tag="output", array_like=True):
     """Answers and events, in the order in which they were decided."""
 
-    messages: list[Answered | Published]
+    messages: list[Message]
 
 
 ShardFrame = Greeting | Welcome | Output

@@ -54,8 +54,24 @@ SOCKET_WRITE_BYTES_MAX = 1024 * 1024
 """Bytes that a client has not read; over it the socket is closed as too slow."""
 SOCKETS_MAX = 20_000
 """Sockets of one gateway."""
-TOPIC_QUEUE_BYTES_MAX = SOCKET_WRITE_BYTES_MAX
-"""Events of a topic that its sockets are still to be sent; over it they are closed as too slow."""
+SOCKET_BEHIND_BYTES = 64 * 1024
+"""With more unread a socket is behind: until it has read on, what happens in its topics is folded for it."""
+SOCKET_KERNEL_BYTES = 64 * 1024
+"""So much of what a client has not read the kernel is asked to hold, beside our own buffer."""
+SOCKETS_PER_SLICE = 100
+"""A broadcast is written to so many sockets in one go, so that acknowledgements pass between its slices."""
+
+# Topics at a gateway
+TICK_MS = 20
+"""The broadcasts of one topic begin at least so far apart."""
+TOPIC_EVENTS_BYTES_MAX = 64 * 1024
+"""Of each topic's last events so much is remembered, for those who come back."""
+TOPIC_KEPT_BYTES_MAX = 64 * 1024
+"""Of the events that folding never drops so much is remembered, for those who are behind."""
+WATCH_VIEWERS_MAX = 1_000
+"""So many people's standings are asked for at once; who comes after them goes with the next request."""
+PRESENCE_MS = 1 * SECOND_MS
+"""Viewers are counted, and their number is told, at most so often."""
 
 # Links between gateways and shards
 LINK_FRAME_BYTES_MAX = 16 * 1024 * 1024
@@ -63,7 +79,10 @@ LINK_BATCH_MAX = 64
 LINK_IN_FLIGHT_MAX = 8_192
 LINK_OUTPUT_BYTES = 1024 * 1024
 """About so much a shard puts into one frame."""
+LINK_FOLD_BYTES = 4 * 1024 * 1024
+"""With more unread a gateway is behind: until it has read on, events are folded for it."""
 LINK_WRITE_BYTES_MAX = 64 * 1024 * 1024
+"""Bytes that a gateway has not read; over it its link is cut."""
 LINK_PING_MS = 250
 LINK_DEAD_MS = 1 * SECOND_MS
 LINK_GREETING_MS = 2 * SECOND_MS
@@ -118,6 +137,11 @@ assert SHARD_LINE_MAX < VERDICTS_REMEMBERED
 assert LINK_IN_FLIGHT_MAX <= SHARD_LINE_MAX
 assert LINK_OUTPUT_BYTES + RESUME_EVENTS_MAX * 1_024 < LINK_FRAME_BYTES_MAX
 assert LINK_BATCH_MAX * FRAME_BYTES_MAX <= LINK_FRAME_BYTES_MAX
+assert LINK_BATCH_MAX * WATCH_VIEWERS_MAX * 20 <= LINK_FRAME_BYTES_MAX
+# One frame with answers does not make a gateway one that is behind, nor one frame to a socket one that is too slow.
+assert LINK_OUTPUT_BYTES < LINK_FOLD_BYTES < LINK_WRITE_BYTES_MAX
+assert SOCKET_BEHIND_BYTES < SOCKET_WRITE_BYTES_MAX
+assert TOPIC_EVENTS_BYTES_MAX + TOPIC_KEPT_BYTES_MAX < SOCKET_WRITE_BYTES_MAX
 assert LINK_PING_MS * 2 < LINK_DEAD_MS
 assert ALIVE_MS * 2 <= OUTAGE_MS < OWNER_SILENT_MS
 assert SOFT_CLOSE_EXTENSION_MS_MAX <= SOFT_CLOSE_TOTAL_MS_MAX

@@ -30,6 +30,7 @@ async def connect(host: Host, name: str, directory: Directory) -> Parts:
             network=host.network,
             find_owner=find_owner,
             on_published=fanout.published,
+            on_presence=fanout.presence,
             on_open=fanout.resubscribe,
         )
 

@@ -19,9 +19,11 @@ from actors.clock import Clock
 from actors.database import ERRORS
 from actors.directory import Directory
 from actors.ray_actor import begin, die_if_failed, spawn
+from engine.limits import SOCKET_KERNEL_BYTES
 from gateway.api.edge import HEALTHY, Edge
 from gateway.app import create_app
 from gateway.bootstrap import connect
+from gateway.fanout import Fanout
 from gateway.router import Router
 from gateway.socket import HttpProtocol, Sockets, make_protocol
 from gateway.tokens import Verifier
@@ -52,17 +54,18 @@ class RunningGateway:
         self._clock = clock
         self._sockets = Sockets()
         self._router: Router
+        self._fanout: Fanout
         self._server: uvicorn.Server
         self._tasks: list[asyncio.Task[None] | asyncio.Task[NoReturn]] = []
 
     async def serve(self, door: Door) -> None:
         """Open the links and the port; return when bids can be placed."""
-        self._router, fanout = await connect(self._host, self._name, Directory(self._pool))
+        self._router, self._fanout = await connect(self._host, self._name, Directory(self._pool))
         verifier = Verifier(door.public_key)
         edge = Edge(router=self._router, verifier=verifier, pool=self._pool, clock=self._clock, health=self._health)
         config = uvicorn.Config(
             create_app(edge),
-            ws=make_protocol(self._router, fanout, verifier.verify, self._clock, self._sockets),
+            ws=make_protocol(self._router, self._fanout, verifier.verify, self._clock, self._sockets),
             http=HttpProtocol,
             lifespan="off",
             log_config=None,
@@ -103,6 +106,7 @@ class RunningGateway:
         while True:
             await asyncio.sleep(1)
             self._sockets.tick(self._clock())
+            self._fanout.tick()
 
     async def _health(self) -> dict[str, str]:
         unreachable = self._router.unreachable()
@@ -172,6 +176,8 @@ def _listening_socket(host: str, port: int) -> socket.socket:
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    # What is accepted here inherits it: what a client does not read is bounded in the kernel, too.
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_KERNEL_BYTES)
     listening.bind((host, port))
     listening.listen(_BACKLOG)
     return listening

@@ -10,7 +10,7 @@ from uuid import UUID
 
 import msgspec
 
-from actors.messages import Answer, BidAccepted, Subscribed
+from actors.messages import Answer, BidAccepted
 from engine.commands import PlaceBid
 from engine.limits import (
     BUSY_RETRY_MS,
@@ -197,14 +197,14 @@ class Session:
                 # The shard did something, though not what was asked; a retry finds out.
                 return [_error(pending.ref, "outcome_unknown", "The answer to this bid was not understood.")]
 
-    def subscribed(self, pending: PendingSubscription, answer: Subscribed | Rejection) -> list[Intent]:
+    def subscribed(self, pending: PendingSubscription, answer: wire.Subscribed | Rejection) -> list[Intent]:
         """Pass on the answer to a subscription."""
         self._unanswered -= 1
         if self.is_closed or pending.is_cancelled:
             return []
         subscription = self._subscriptions[pending.auction]
         subscription.pending = None
-        if isinstance(answer, Subscribed):
+        if isinstance(answer, wire.Subscribed):
             subscription.is_live = True
             return [Send(wire.encode_subscribed(pending.ref, pending.auction, answer))]
         # Refused again, a topic keeps what it had.

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final, NoReturn, cast
 from uuid import UUID
 
+import msgspec
 import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from actors.messages import Answer, AuctionView, BidAccepted, Payload, Subscribed, You
+from actors.messages import Answer, AuctionView, BidAccepted, Payload, You
 from engine.limits import (
     CLOSE_TIMEOUT_MS,
     ERRORS_MAX,
@@ -42,6 +43,7 @@ from gateway.session import (
 )
 from gateway.socket import HttpProtocol, Sink, Sockets, make_protocol
 from gateway.tokens import Verifier, issue, make_key_pair
+from gateway.wire import Subscribed
 from tests.gateway.test_wire import SNAPSHOT
 from tests.support.fuzz import (
     BINARY,
@@ -184,7 +186,7 @@ VERDICTS: Final[list[Answer]] = [
 SUBSCRIPTION_ANSWERS: Final[list[Subscribed | Rejection]] = [
     Subscribed(5, b"", None, None),
     Subscribed(5, b'{"seq":5,"kind":"private"}', None, You(1, 100, is_leading=True)),
-    Subscribed(5, None, SNAPSHOT, None),
+    Subscribed(5, None, msgspec.json.encode(SNAPSHOT), None),
     NOT_FOUND,
     UNAVAILABLE,
 ]
@@ -464,6 +466,9 @@ class Behind:
         self._answer(lambda: on_subscribed(self._randomness.choice(SUBSCRIPTION_ANSWERS)))
 
     def unsubscribe(self, topic: UUID, sink: Sink, /) -> None:
+        pass
+
+    def catch_up(self, sink: Sink, /) -> None:
         pass
 
     def drop(self, sink: Sink, /) -> None:

@@ -2,15 +2,17 @@ import json
 from typing import Any
 from uuid import UUID
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.messages import BidAccepted, Subscribed, You
+from actors.messages import BidAccepted, You
 from engine.auction import Snapshot
 from engine.rejections import Rejection
 from gateway import wire
 from gateway.tokens import Identity
+from gateway.wire import Subscribed
 
 AUCTION = UUID("a0000000-0000-4000-8000-00000000000a")
 BID = UUID("b0000000-0000-4000-8000-00000000000b")
@@ -275,7 +277,7 @@ def test_a_subscription_comes_with_events_or_with_a_snapshot() -> None:
         "recovered": True,
         "events": [],
     }
-    snapshot = json.loads(wire.encode_subscribed(1, AUCTION, Subscribed(5, None, SNAPSHOT, None)))
+    snapshot = json.loads(wire.encode_subscribed(1, AUCTION, Subscribed(5, None, msgspec.json.encode(SNAPSHOT), None)))
     assert set(snapshot) == {"type", "ref", "topic", "seq", "recovered", "snapshot"}
     assert snapshot["recovered"] is False
     # In a snapshot, what is not known is null and not left out.

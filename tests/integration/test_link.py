@@ -29,12 +29,13 @@ from actors.messages import (
     Greeting,
     Output,
     Payload,
+    Presence,
     Proof,
     Published,
     Request,
-    Subscribe,
-    Subscribed,
     Unsubscribe,
+    Watch,
+    Watched,
     Welcome,
     decode_gateway_frame,
     decode_shard_frame,
@@ -46,6 +47,7 @@ from engine.commands import EndAuction, PlaceBid
 from engine.limits import LINK_BATCH_MAX
 from engine.rejections import Rejection
 from gateway.fanout import Fanout
+from gateway.wire import Subscribed
 from tests.engine.support import ANNA, AUCTION, BEN, MAKER, REQUEST
 from tests.support.shards import House, Recorder, bid, opening, recall
 from tests.support.waiting import until
@@ -68,6 +70,7 @@ class Site:
         self.links: list[Link] = []
         self.fakes: list[Fake] = []
         self.published: list[Published] = []
+        self.presence: list[Presence] = []
         self.opened: list[int] = []
 
     async def find_owner(self, shard: int) -> Owner | None:
@@ -105,6 +108,7 @@ class Site:
             network=WebSockets(),
             find_owner=self.find_owner,
             on_published=self.published.append,
+            on_presence=self.presence.append,
             on_open=self.opened.append,
         )
         self.links.append(link)
@@ -194,10 +198,10 @@ def bids(store: MemoryStore) -> list[int]:
 
 
 async def test_answers_and_events_come_in_order(site: Site, asker: Asker) -> None:
-    asker.submit(Subscribe(AUCTION, None, None))
+    asker.submit(Watch(AUCTION, None, []))
     asker.submit(*(bid(BEN if n % 2 else ANNA, 1_000 + 500 * n, bid_id=n) for n in range(50)))
     answers = await asker.all()
-    assert isinstance(answers[0], Subscribed)
+    assert isinstance(answers[0], Watched)
     assert [accepted(answer).seq for answer in answers[1:]] == list(range(2, 52))
     await until(lambda: site.published[-1].last == 51)
     assert site.published[0].first == 2
@@ -282,10 +286,10 @@ async def test_many_large_answers_do_not_make_too_large_a_frame(
     link = site.link()
     await link.opened()
     many = Asker(link)
-    many.submit(*[Subscribe(AUCTION, None, 0)] * 40, GET)
+    many.submit(*[Watch(AUCTION, 0, [])] * 40, GET)
     answers = await many.all()
     assert isinstance(answers[-1], AuctionView)
-    sizes = [len(answer.events or b"") for answer in answers[:-1] if isinstance(answer, Subscribed)]
+    sizes = [len(answer.events) for answer in answers[:-1] if isinstance(answer, Watched)]
     assert len(sizes) == 40
     assert sum(sizes) > 2 * 2 * 1024 * 1024
     assert site.opened == [NUMBER, NUMBER]
@@ -525,7 +529,7 @@ async def test_garbage_from_a_shard_ends_the_link_which_opens_again(site: Site) 
 
 async def test_output_before_the_welcome_is_passed_over(site: Site) -> None:
     fake = await Fake.start(site, greeting(), secret=b"another secret")
-    fake.before_greeting = Output([Published(AUCTION, 1, 1, b"{}")])
+    fake.before_greeting = Output([Published(AUCTION, 1, 1, b"{}", b"", b"{}")])
     site.link()
     await site.tried()
     assert fake.frames
@@ -638,11 +642,12 @@ class Screen:
 
     def __init__(self) -> None:
         self.log: list[Any] = []
+        self.is_behind = False
 
     def send(self, frame: bytes) -> None:
         self.log += [event["seq"] for event in msgspec.json.decode(frame)["events"]]
 
-    def fall_behind(self) -> None:
+    def close_as_too_slow(self) -> None:
         self.log.append("behind")
 
     def subscribed(self, answer: Subscribed | Rejection) -> None:
@@ -675,6 +680,7 @@ async def test_who_is_asked_for_anew_while_older_turns_are_on_their_way_gets_not
         network=WebSockets(),
         find_owner=site.find_owner,
         on_published=fanout.published,
+        on_presence=fanout.presence,
         on_open=take_up,
     )
     site.links.append(link)
@@ -730,7 +736,7 @@ async def test_topics_are_asked_for_before_anything_is_sent_again(site: Site) ->
     answers: list[Answer] = []
 
     def resubscribe(shard: int) -> None:
-        link.submit(Subscribe(AUCTION, None, 0), answers.append)
+        link.submit(Watch(AUCTION, 0, []), answers.append)
 
     link = Link(
         gateway="gateway",
@@ -739,6 +745,7 @@ async def test_topics_are_asked_for_before_anything_is_sent_again(site: Site) ->
         network=WebSockets(),
         find_owner=site.find_owner,
         on_published=site.published.append,
+        on_presence=site.presence.append,
         on_open=resubscribe,
     )
     site.links.append(link)
@@ -749,7 +756,7 @@ async def test_topics_are_asked_for_before_anything_is_sent_again(site: Site) ->
     await site.kill_shard()
     await site.start_shard()
     await until(lambda: bool(site.published))
-    assert [type(answer) for answer in answers] == [Subscribed, Subscribed, BidAccepted]
+    assert [type(answer) for answer in answers] == [Watched, Watched, BidAccepted]
     assert [(one.first, one.last) for one in site.published] == [(2, 2)]
 
 
@@ -997,7 +1004,7 @@ async def test_who_waits_too_long_is_told(site: Site, asker: Asker, monkeypatch:
     house.take(Recorder(), bid(BEN, 1_000))
     monkeypatch.setattr(link_module, "COMMAND_TIMEOUT_MS", 0)
     monkeypatch.setattr(link_module, "LINK_PING_MS", 5)
-    asker.submit(bid(ANNA, 2_000), GET, Subscribe(AUCTION, None, None), bid(ANNA, 3_000, bid_id=2))
+    asker.submit(bid(ANNA, 2_000), GET, Watch(AUCTION, None, []), bid(ANNA, 3_000, bid_id=2))
     answers = await asker.all()
     # The bids were sent, so they may count; a question that was not answered did nothing.
     assert [code(answer) for answer in answers] == ["outcome_unknown", "unavailable", "unavailable", "outcome_unknown"]

@@ -18,13 +18,14 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.frames import Frame, Opcode
 from websockets.typing import Subprotocol
 
-from actors.messages import Answer, BidAccepted, Payload, Subscribed
+from actors.messages import Answer, BidAccepted, Payload
 from engine.commands import PlaceBid
 from engine.limits import FRAME_BYTES_MAX, SOCKET_WRITE_BYTES_MAX, SUBSCRIPTIONS_MAX
 from engine.rejections import Rejection
 from gateway import socket as socket_module
 from gateway.socket import ClientSocket, HttpProtocol, Sink, Sockets, make_protocol
 from gateway.tokens import Verifier, issue, make_key_pair
+from gateway.wire import Subscribed
 from tests.support.waiting import until
 
 PRIVATE, PUBLIC = make_key_pair()
@@ -64,6 +65,7 @@ class Fanout:
         self.waiting: list[Callable[[Subscribed | Rejection], None]] = []
         self.subscribed = asyncio.Event()
         self.dropped = asyncio.Event()
+        self.caught_up: list[Sink] = []
 
     def subscribe(
         self,
@@ -83,6 +85,9 @@ class Fanout:
 
     def unsubscribe(self, topic: UUID, sink: Sink, /) -> None:
         self.sinks[topic].remove(sink)
+
+    def catch_up(self, sink: Sink, /) -> None:
+        self.caught_up.append(sink)
 
     def drop(self, sink: Sink, /) -> None:
         for sinks in self.sinks.values():

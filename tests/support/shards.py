@@ -14,11 +14,12 @@ from actors.messages import (
     Answered,
     AuctionView,
     BidAccepted,
+    Message,
     Payload,
     Published,
     Recall,
     Request,
-    Subscribed,
+    Watched,
 )
 from actors.shard import Shard
 from engine.commands import CancelAuction, EndAuction, OpenAuction, PlaceBid, command_id
@@ -135,11 +136,11 @@ class Recorder:
 
     def __init__(self) -> None:
         self.is_gone = False
-        self.messages: list[Answered | Published] = []
+        self.messages: list[Message] = []
         self.deliveries = 0
         self._came = asyncio.Event()
 
-    def deliver(self, messages: list[Answered | Published]) -> None:
+    def deliver(self, messages: list[Message]) -> None:
         self.messages += messages
         self.deliveries += 1
         self._came.set()
@@ -292,8 +293,8 @@ def viewed(answer: Answer) -> AuctionView:
     return answer
 
 
-def subscribed(answer: Answer) -> Subscribed:
-    assert isinstance(answer, Subscribed), answer
+def watched(answer: Answer) -> Watched:
+    assert isinstance(answer, Watched), answer
     return answer
 
 
