@@ -139,6 +139,16 @@ class Transport:
         self.written: list[bytes] = []
         self.is_cut = False
 
+    @property
+    def underlying_transport(self) -> "Transport":
+        return self
+
+    def set_write_buffer_limits(self, high: int) -> None:
+        pass
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
     def send_reuse_external_bytearray(self, kind: picows.WSMsgType, buffer: bytearray, offset: int) -> None:
         assert kind == picows.WSMsgType.BINARY
         self.written.append(bytes(buffer[offset:]))

@@ -1100,12 +1100,14 @@ async def test_what_is_never_dropped_stands_beside_the_events(start: Start) -> N
     await watcher.answer(*house.take(watcher, Watch(AUCTION, None, [])))
     house.now = END - 1_000
     house.take(Recorder(), bid(ANNA, 1_000), bid(BEN, 2_000))
-    house.take(Recorder(), CancelAuction(auction=AUCTION, caller=MAKER, role="admin", request_id=UUID(int=1)))
-    await house.at_rest()
+    house.now += 1
+    house.take(Recorder(), bid(ANNA, 3_000, bid_id=2))
+    house.now = END + SOFT_CLOSE.extension_ms
+    await house.ask(GET)
     events = [event for frame in watcher.published for event in listed(frame.events)]
     kept = [event for frame in watcher.published for event in listed(frame.kept)]
     assert kept == [event for event in events if event["kind"] != "bid_placed"]
-    assert [event["kind"] for event in kept] == ["extended", "extended", "cancelled"]
+    assert [event["kind"] for event in kept] == ["extended", "extended", "ended"]
 
 
 async def test_in_the_midst_of_a_turn_there_is_no_snapshot(house: House) -> None:
