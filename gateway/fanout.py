@@ -17,7 +17,7 @@ from uuid import UUID
 
 from actors.messages import Answer, Payload, Presence, Published, Unsubscribe, Viewers, Watch, Watched
 from engine.limits import RESUME_EVENTS_MAX, SECOND_MS, SOCKETS_PER_SLICE, TICK_MS, WATCH_VIEWERS_MAX
-from engine.rejections import Rejection
+from engine.rejections import UNAVAILABLE, Rejection
 from gateway.topic import Memory, Run
 from gateway.wire import Subscribed, encode_presence
 
@@ -134,13 +134,7 @@ class Fanout:
         newcomer = _Newcomer(sink, viewer, since, on_subscribed)
         topic.newcomers.setdefault(sink, []).append(newcomer)
         self._topics_by_sink.setdefault(sink, set()).add(topic_id)
-        known = _recall(topic, since) if viewer is None else None
-        if known is not None:
-            self._tell(topic, newcomer, known)
-            return
-        topic.line.append(newcomer)
-        if topic.question is None:
-            self._ask(topic)
+        self._admit(topic, newcomer)
 
     def unsubscribe(self, topic_id: UUID, sink: Sink) -> None:
         """Let a socket watch no longer; the last one to leave ends the topic's events on the link."""
@@ -217,6 +211,18 @@ class Fanout:
 
     # Asking the shards
 
+    def _admit(self, topic: _Topic, newcomer: _Newcomer) -> None:
+        """Answer a guest from memory, if that will do; whoever else comes is asked for, at once or with the next."""
+        known = _recall(topic, newcomer.since) if newcomer.viewer is None else None
+        if known is not None:
+            self._tell(topic, newcomer, known)
+        elif not newcomer.is_wanted:
+            self._tell(topic, newcomer, UNAVAILABLE)
+        else:
+            topic.line.append(newcomer)
+            if topic.question is None:
+                self._ask(topic)
+
     def _ask_anew(self, topic: _Topic) -> None:
         """Ask for all that came after the last event that did."""
         topic.is_incomplete = True
@@ -244,28 +250,28 @@ class Fanout:
         if topic.question is not question:
             return
         topic.question = None
-        newcomers = question.newcomers
+        waiting = list(topic.line)
+        topic.line.clear()
         if isinstance(answer, Rejection):
-            newcomers += topic.line
-            topic.line.clear()
             if topic.is_incomplete:
                 # Nothing more would come on this link: silence would look like an auction without bids.
                 topic.memory, topic.is_incomplete = None, False
                 _give_up(topic)
-            _in_slices(newcomers, lambda newcomer: self._tell(topic, newcomer, answer))
+            _in_slices(question.newcomers + waiting, lambda newcomer: self._tell(topic, newcomer, answer))
             return
         if self._topics.get(topic.id) is topic:
             self._take_up(topic, answer)
+            # Guests may find what they want in memory now; how the others stand only the shard knows.
+            topic.line.extend(newcomer for newcomer in waiting if newcomer.viewer is not None)
+            waiting = [newcomer for newcomer in waiting if newcomer.viewer is None]
             if topic.line:
                 self._ask(topic)
-        else:
-            # Everybody had left before this was answered, those in line, too.
-            newcomers += topic.line
-            topic.line.clear()
-            if topic.id not in self._topics:
-                self._shards.submit(Unsubscribe(topic.id), _ignore)
+        elif topic.id not in self._topics:
+            # Everybody had left before this was answered.
+            self._shards.submit(Unsubscribe(topic.id), _ignore)
         reception = _Reception(answer, question.viewers)
-        _in_slices(newcomers, lambda newcomer: self._tell(topic, newcomer, reception.answer(newcomer)))
+        _in_slices(question.newcomers, lambda newcomer: self._tell(topic, newcomer, reception.answer(newcomer)))
+        _in_slices(waiting, lambda newcomer: self._admit(topic, newcomer))
 
     def _take_up(self, topic: _Topic, watched: Watched) -> None:
         """All of the topic's events up to this came before it on the link, or are in it, or nobody can tell them."""
