@@ -1100,9 +1100,9 @@ async def test_what_is_never_dropped_stands_beside_the_events(start: Start) -> N
     await watcher.answer(*house.take(watcher, Watch(AUCTION, None, [])))
     house.now = END - 1_000
     house.take(Recorder(), bid(ANNA, 1_000), bid(BEN, 2_000))
-    house.now += 1
+    house.now = END + 40_000
     house.take(Recorder(), bid(ANNA, 3_000, bid_id=2))
-    house.now = END + SOFT_CLOSE.extension_ms
+    house.now = END + SOFT_CLOSE.max_extension_ms
     await house.ask(GET)
     events = [event for frame in watcher.published for event in listed(frame.events)]
     kept = [event for frame in watcher.published for event in listed(frame.kept)]

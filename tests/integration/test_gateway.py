@@ -113,12 +113,14 @@ class Engine:
 
 
 class Client:
-    """One client: asks, and gathers the events that come."""
+    """One client: asks, and gathers the events that come; of those that were folded it has only the numbers."""
 
     def __init__(self, connection: ClientConnection) -> None:
         self.connection = connection
         self.events: list[dict[str, Any]] = []
+        self.viewers: list[int] = []
         self.answers: dict[Any, list[dict[str, Any]]] = {}
+        self._seq = 0
         self._refs = 0
 
     async def send(self, message: dict[str, Any]) -> Any:
@@ -129,10 +131,21 @@ class Client:
 
     async def receive(self) -> None:
         message = json.loads(await self.connection.recv())
-        if message["type"] == "events":
-            self.events += message["events"]
+        if message["type"] == "presence":
+            self.viewers.append(message["viewers"])
+        elif message["type"] == "events":
+            self._take(message["events"])
+        elif message["type"] == "state":
+            kept = {event["seq"]: event for event in message["events"]}
+            self._take([kept.get(seq, {"seq": seq}) for seq in range(self._seq + 1, message["seq"] + 1)])
         else:
+            if message["type"] == "subscribed":
+                self._seq = message["seq"]
             self.answers.setdefault(message.get("ref"), []).append(message)
+
+    def _take(self, events: list[dict[str, Any]]) -> None:
+        self.events += events
+        self._seq = events[-1]["seq"]
 
     async def answer(self, ref: Any) -> dict[str, Any]:
         while ref not in self.answers:
