@@ -92,6 +92,9 @@ class Engine:
             **changes,
         }
         response = await self.request("POST", "/api/v1/auctions", MAKER, json=body)
+        while response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+            # One process for all takes long to settle its memory, and the shard may have been held up by that.
+            response = await self.request("POST", "/api/v1/auctions", MAKER, json=body)
         assert response.status_code == 201, response.text
         auction: str = response.json()["data"]["auction_id"]
         return auction
@@ -162,6 +165,11 @@ class Client:
         message = {"op": "subscribe", "topic": f"auction:{auction}"}
         return await self.ask(message if since is None else {**message, "since": since})
 
+    async def told_viewers(self, viewers: int) -> None:
+        """Wait until so many are said to watch."""
+        while self.viewers[-1:] != [viewers]:
+            await self.receive()
+
     async def seen(self, seq: int) -> list[int]:
         """Wait for the event `seq`; the numbers of all that came."""
         while not self.events or self.events[-1]["seq"] < seq:
@@ -174,6 +182,12 @@ async def engine(
     database_url: str, pool: asyncpg.Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Engine]:
     monkeypatch.delenv("GAVEL_SECRET", raising=False)
+    async with running(database_url, pool, tmp_path) as engine:
+        yield engine
+
+
+@asynccontextmanager
+async def running(database_url: str, pool: asyncpg.Pool, tmp_path: Path) -> AsyncIterator[Engine]:
     secret = tmp_path / "secret"
     secret.write_bytes(b"a secret of the cluster")
     place = Place(database_url=database_url, secret_path=str(secret), log_dir=str(tmp_path), log_level="info")

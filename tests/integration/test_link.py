@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Any, Self
@@ -34,6 +35,7 @@ from actors.messages import (
     Published,
     Request,
     Unsubscribe,
+    Viewers,
     Watch,
     Watched,
     Welcome,
@@ -43,7 +45,7 @@ from actors.messages import (
 )
 from actors.network import WebSockets
 from engine import auction
-from engine.commands import EndAuction, PlaceBid
+from engine.commands import CancelAuction, EndAuction, PlaceBid
 from engine.limits import LINK_BATCH_MAX
 from engine.rejections import Rejection
 from gateway.fanout import Fanout
@@ -273,6 +275,116 @@ async def test_a_gateway_that_does_not_read_is_cut_off_and_comes_back(
     monkeypatch.setattr(link_module, "LINK_WRITE_BYTES_MAX", 1 << 20)
     assert accepted((await asker.all())[0]).seq == 2
     assert bids(site.store) == [2]
+
+
+async def test_a_gateway_that_is_behind_gets_events_folded(
+    site: Site, asker: Asker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_module, "LINK_FOLD_BYTES", 1_000)
+    monkeypatch.setattr(link_module, "LINK_DEAD_MS", 1 << 40)
+    house = site.houses[-1]
+    link = site.link()
+    await link.opened()
+    watcher = Asker(link)
+    watcher.submit(Watch(AUCTION, None, []))
+    await watcher.all()
+    site.published.clear()
+    # It does not read, and the kernel holds little for it.
+    far, near = list(site.servers[-1].ends)[-1], link._end
+    assert near is not None
+    _raw_socket(far._transport).setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4_096)
+    _raw_socket(near._transport).setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+    near._transport.underlying_transport.pause_reading()
+    number = 0
+    while not far._folds or house.shard._awake[AUCTION].seq < 20:
+        number += 1
+        house.take(Recorder(), bid(BEN if number % 2 else ANNA, 1_000 + 500 * number, bid_id=number))
+        await house.at_rest()
+    folded_from = far._folds[AUCTION].first
+    house.take(Recorder(), EndAuction(auction=AUCTION, caller=MAKER, role="admin", request_id=REQUEST, reason="Why."))
+    await house.at_rest()
+    # What is asked now comes after what was held back.
+    watcher.submit(Watch(AUCTION, None, []))
+    seen: list[int] = []
+    link.submit(GET, lambda _answer: seen.append(len(site.published)))
+    await until(lambda: house.shard._line == 0)
+    assert far._is_behind
+    near._transport.underlying_transport.resume_reading()
+    answer = (await watcher.all())[-1]
+    assert isinstance(answer, Watched)
+    assert far._folds == {}
+    assert [one.first for one in site.published[1:]] == [one.last + 1 for one in site.published[:-1]]
+    last = site.published[-1]
+    assert (last.first, last.last, last.events, last.snapshot) == (folded_from, answer.seq, None, answer.snapshot)
+    assert [event["kind"] for event in msgspec.json.decode(b"[" + last.kept + b"]")] == ["ended"]
+    assert all(one.events is not None for one in site.published[:-1])
+    await until(lambda: seen == [len(site.published)])
+
+
+async def test_a_gateway_that_has_read_on_is_told_what_was_held_back(
+    site: Site, asker: Asker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asker.submit(Watch(AUCTION, None, []))
+    await asker.all()
+    house, (end,) = site.houses[-1], site.servers[-1].ends
+    end.pause_writing()
+    for number, bidder in enumerate((ANNA, BEN, ANNA), 1):
+        asker.submit(bid(bidder, 1_000 * number, bid_id=number))
+        # Answers are not held back.
+        assert accepted((await asker.all())[-1]).seq == number + 1
+    assert site.published == []
+    end.resume_writing()
+    await until(lambda: bool(site.published))
+    asker.submit(bid(BEN, 9_000, bid_id=9))
+    await until(lambda: len(site.published) == 2)
+    assert [(one.first, one.last, one.events is None) for one in site.published] == [(2, 4, True), (5, 5, False)]
+    assert house.deaths == []
+
+
+async def test_who_is_behind_and_gone_or_behind_again_is_told_nothing(site: Site, asker: Asker) -> None:
+    asker.submit(Watch(AUCTION, None, []))
+    await asker.all()
+    (end,) = site.servers[-1].ends
+    end.pause_writing()
+    asker.submit(bid(ANNA, 1_000))
+    await asker.all()
+    end.resume_writing()
+    end.pause_writing()
+    asker.submit(bid(BEN, 2_000, bid_id=2))
+    await asker.all()
+    assert site.published == []
+    end.close()
+    await until(lambda: end.is_gone)
+    end.resume_writing()
+    await until(lambda: len(site.opened) == 2)
+    assert site.published == []
+
+
+async def test_what_is_kept_for_a_gateway_that_is_behind_counts_as_unread(
+    site: Site, asker: Asker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asker.submit(Watch(AUCTION, None, []))
+    await asker.all()
+    monkeypatch.setattr(link_module, "LINK_WRITE_BYTES_MAX", 1)
+    (end,) = site.servers[-1].ends
+    end.pause_writing()
+    site.houses[-1].take(
+        Recorder(), CancelAuction(auction=AUCTION, caller=MAKER, role="admin", request_id=REQUEST, reason="Why.")
+    )
+    await until(lambda: len(site.opened) == 2)
+
+
+async def test_viewers_are_told_on_links(site: Site, asker: Asker) -> None:
+    asker.submit(Watch(AUCTION, None, []))
+    await asker.all()
+    asker.link.submit(Viewers(AUCTION, 3), lambda _answer: None)
+    await until(lambda: bool(site.presence))
+    assert site.presence == [Presence(AUCTION, 3)]
+
+
+def _raw_socket(transport: Any) -> socket.socket:
+    found: socket.socket = transport.underlying_transport.get_extra_info("socket")
+    return found
 
 
 async def test_many_large_answers_do_not_make_too_large_a_frame(
