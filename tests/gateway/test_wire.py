@@ -291,6 +291,19 @@ def test_events_go_out_as_they_were_encoded() -> None:
     )
 
 
+def test_states_and_presence() -> None:
+    encoded = wire.encode_state(AUCTION, 7, b'{"price": 5}', b'{"seq": 3},{"seq": 6}')
+    assert json.loads(encoded) == {
+        "type": "state",
+        "topic": TOPIC,
+        "seq": 7,
+        "snapshot": {"price": 5},
+        "events": [{"seq": 3}, {"seq": 6}],
+    }
+    assert json.loads(wire.encode_state(AUCTION, 7, b"{}", b""))["events"] == []
+    assert json.loads(wire.encode_presence(AUCTION, 0)) == {"type": "presence", "topic": TOPIC, "viewers": 0}
+
+
 def test_verdicts() -> None:
     accepted = BidAccepted(7, bytes(range(32)), 1, "leading", 100, 3, 900, 105, 2)
     assert json.loads(wire.encode_ack(1, AUCTION, BID, accepted)) == {
