@@ -89,6 +89,9 @@ class Entity:
         """Apply an event that was decided at `at`, and return it with the row to append for it."""
         body = encode(event)
         kind = KINDS[type(event)]
+        joined = None
+        if isinstance(event, BidPlaced) and self.state is not None and event.bidder not in self.state.bidders:
+            joined = event.bidder
         self.seq += 1
         self.last_at = at
         self.hash = chain.link(self.hash, self.id, self.seq, at, kind, VERSION, body)
@@ -98,7 +101,7 @@ class Entity:
         self.recent.append(recorded)
         if command_id is not None:
             self.accepted[command_id] = self.seq
-        return recorded, Row(self.id, self.seq, at, kind, VERSION, body, self.hash, command_id, private)
+        return recorded, Row(self.id, self.seq, at, kind, VERSION, body, self.hash, command_id, private, joined)
 
     def recall(self, seq: int) -> Recorded | None:
         """A recent event by its `seq`; None if it has left the memory."""
@@ -139,6 +142,7 @@ class Entity:
             due_at=due_at(self.state),
             window_ms=outage_window_ms(self.state),
             created_at=self.recent[0].at,
+            ended_at=self.state.ended_at,
         )
 
     def view(self, viewer: UUID | None) -> AuctionView:
@@ -152,6 +156,7 @@ class Entity:
             maker=state.maker,
             reserve_price=state.terms.reserve_price,
             ended_at=state.ended_at,
+            at=self.last_at,
         )
 
     def you(self, viewer: UUID | None) -> You | None:

@@ -74,6 +74,8 @@ class Row(NamedTuple):
     hash: bytes
     command_id: bytes | None = None
     private: Private | None = None
+    joined: UUID | None = None
+    """Whose first bid in this auction it is; for writing only."""
 
 
 class EntityRow(NamedTuple):
@@ -88,6 +90,7 @@ class EntityRow(NamedTuple):
     window_ms: int
     """So near to `due_at` an outage must be paid back."""
     created_at: int
+    ended_at: int | None = None
 
 
 class Life(NamedTuple):
@@ -165,8 +168,8 @@ _FENCE = f"""
 # If storing took long the outage goes on at `paid_until`.
 _PAYING_FENCE = f"""
     UPDATE shards SET alive_at = clock_timestamp(), down_at = CASE
-        WHEN clock_timestamp() > to_timestamp($23::bigint / 1000.0) + interval '{OUTAGE_MS} milliseconds'
-        THEN to_timestamp($23::bigint / 1000.0) END
+        WHEN clock_timestamp() > to_timestamp($26::bigint / 1000.0) + interval '{OUTAGE_MS} milliseconds'
+        THEN to_timestamp($26::bigint / 1000.0) END
     WHERE shard_id = $1 AND epoch = $2
     RETURNING alive_at, down_at"""  # noqa: S608 (a constant)
 _LIFE = (
@@ -179,14 +182,19 @@ _APPENDED = """, appended AS (
     RETURNING 1
 )"""
 _INDEXED = """, indexed AS (
-    INSERT INTO entities (entity_id, slot, kind, owner_id, status, due_at, window_ms, created_at)
+    INSERT INTO entities (entity_id, slot, kind, owner_id, status, due_at, window_ms, created_at, ended_at)
     SELECT entity.* FROM unnest($11::uuid[], $12::smallint[], $13::text[], $14::uuid[], $15::text[], $16::bigint[],
-                                $17::bigint[], $18::bigint[]) AS entity, owner
+                                $17::bigint[], $18::bigint[], $19::bigint[]) AS entity, owner
     ON CONFLICT (entity_id) DO UPDATE
-    SET status = excluded.status, due_at = excluded.due_at, window_ms = excluded.window_ms
+    SET status = excluded.status, due_at = excluded.due_at, window_ms = excluded.window_ms,
+        ended_at = excluded.ended_at
 ), hidden AS (
     INSERT INTO private (entity_id, seq, salt, body)
-    SELECT part.* FROM unnest($19::uuid[], $20::bigint[], $21::bytea[], $22::bytea[]) AS part, owner
+    SELECT part.* FROM unnest($20::uuid[], $21::bigint[], $22::bytea[], $23::bytea[]) AS part, owner
+), joined AS (
+    INSERT INTO bidders (user_id, entity_id)
+    SELECT bidder.* FROM unnest($24::uuid[], $25::uuid[]) AS bidder, owner
+    ON CONFLICT DO NOTHING
 )"""
 _COUNT = f" SELECT (SELECT count(*) FROM appended) AS appended, {_LIFE} FROM owner"  # noqa: S608 (a constant)
 _APPEND_EVENTS = f"WITH owner AS ({_FENCE}){_APPENDED}{_COUNT}"
@@ -236,7 +244,7 @@ WHERE due_at - window_ms < $2 AND slot IN (SELECT slot FROM slots WHERE shard_id
 def row_of(record: asyncpg.Record) -> Row:
     """A row as `SELECT_ROWS` reads it."""
     *row, salt, text = record
-    return Row._make((*row, None if salt is None else Private(salt, text)))
+    return Row._make((*row, None if salt is None else Private(salt, text), None))
 
 
 def session_name(shard: int) -> str:
@@ -271,8 +279,9 @@ class PostgresJournal:
         """See `Journal`."""
         columns = _columns([row[:8] for row in rows], 8)
         hidden = [(row.entity_id, row.seq, *row.private) for row in rows if row.private is not None]
-        if entities or hidden or paid_until is not None:
-            columns += _columns(entities, len(EntityRow._fields)) + _columns(hidden, 4)
+        joined = [(row.joined, row.entity_id) for row in rows if row.joined is not None]
+        if entities or hidden or joined or paid_until is not None:
+            columns += _columns(entities, len(EntityRow._fields)) + _columns(hidden, 4) + _columns(joined, 2)
             if paid_until is not None:
                 appended, *life = await self._write(_PAY_BACK, *columns, paid_until, rows=len(rows))
             else:

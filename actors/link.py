@@ -22,10 +22,12 @@ from actors.messages import (
     Answer,
     Answered,
     Batch,
+    Follow,
     GatewayFrame,
     GetAuction,
     Greeting,
     Message,
+    Noticed,
     Output,
     Payload,
     Presence,
@@ -34,6 +36,7 @@ from actors.messages import (
     Recall,
     Request,
     ShardFrame,
+    Unfollow,
     Unsubscribe,
     Viewers,
     Watch,
@@ -54,6 +57,7 @@ from engine.limits import (
     LINK_FOLD_BYTES,
     LINK_GREETING_MS,
     LINK_IN_FLIGHT_MAX,
+    LINK_LINE_MAX,
     LINK_OUTPUT_BYTES,
     LINK_PING_MS,
     LINK_WRITE_BYTES_MAX,
@@ -66,13 +70,14 @@ logger = logging.getLogger(__name__)
 _NONCE_BYTES: Final = 32
 _HEADER_BYTES: Final = 14
 """The longest header of a frame (RFC 6455, section 5.2)."""
-_UNANSWERED: Final = (Unsubscribe, Viewers)
+_UNANSWERED: Final = (Unsubscribe, Viewers, Unfollow)
 """What is told and has no answer. A link that breaks takes it along."""
 _DEATHS_MAX: Final = 2
 """A command that was in flight at so many deaths of a shard is not sent again: it may be what kills it."""
 _MESSAGE_BYTES: Final = 256
 """About the size of an answer without events."""
 _RETRY_S: Final = 0.05
+_UNBOUNDED: Final = (Watch, Follow, *_UNANSWERED)
 
 
 def send(transport: picows.WSTransport, message: GatewayFrame | ShardFrame) -> None:
@@ -304,7 +309,13 @@ class _InFlight:
 
     __slots__ = ("deaths", "expires_at", "links", "on_answer", "payload", "request")
 
-    def __init__(self, request: int, payload: Payload, on_answer: Callable[[Answer], None], expires_at: float) -> None:
+    def __init__(
+        self,
+        request: int,
+        payload: Payload | Follow | Unfollow,
+        on_answer: Callable[[Answer], None],
+        expires_at: float,
+    ) -> None:
         self.request = request
         self.payload = payload
         self.on_answer = on_answer
@@ -317,13 +328,13 @@ class _InFlight:
     @property
     def is_command(self) -> bool:
         """Whether it may change something, so that it matters if it was done."""
-        return not isinstance(self.payload, GetAuction | Watch)
+        return not isinstance(self.payload, GetAuction | Watch | Follow)
 
 
 class Link:
     """A gateway's connection to one shard, through all its incarnations.
 
-    `find_owner` looks the shard up; `on_published` and `on_presence` get what it tells of its topics; `on_open` is
+    `find_owner` looks the shard up; `on_published`, `on_presence` and `on_noticed` get what it tells; `on_open` is
     called with the shard whenever a link has opened, before anything is sent again, so that topics can be asked anew.
     """
 
@@ -337,6 +348,7 @@ class Link:
         find_owner: Callable[[int], Awaitable[Owner | None]],
         on_published: Callable[[Published], None],
         on_presence: Callable[[Presence], None],
+        on_noticed: Callable[[Noticed], None],
         on_open: Callable[[int], None],
     ) -> None:
         self.shard = shard
@@ -346,6 +358,7 @@ class Link:
         self._find_owner = find_owner
         self._on_published = on_published
         self._on_presence = on_presence
+        self._on_noticed = on_noticed
         self._on_open = on_open
         self._epoch = 0
         self._owner: UUID | None = None
@@ -374,10 +387,13 @@ class Link:
         if self._end is not None:
             self._end.disconnect()
 
-    def submit(self, payload: Payload, on_answer: Callable[[Answer], None]) -> None:
+    def submit(self, payload: Payload | Follow | Unfollow, on_answer: Callable[[Answer], None]) -> None:
         """Send a request with all that comes in this turn of the loop; `on_answer` gets its answer, once."""
+        # For a shard that is away more is kept: it is done once the shard is back.
+        is_placed_now = self._end is not None and isinstance(payload, PlaceBid)
+        line_max = LINK_LINE_MAX if is_placed_now else LINK_IN_FLIGHT_MAX
         # Who watches is bounded by the sockets that there are, and must not get lost.
-        if len(self._in_flight) >= LINK_IN_FLIGHT_MAX and not isinstance(payload, Watch | Unsubscribe | Viewers):
+        if len(self._in_flight) >= line_max and not isinstance(payload, _UNBOUNDED):
             on_answer(BUSY)
             return
         number = self._next_request
@@ -486,8 +502,10 @@ class Link:
                 self._answer(message.request, message.answer)
             elif isinstance(message, Published):
                 self._on_published(message)
-            else:
+            elif isinstance(message, Presence):
                 self._on_presence(message)
+            else:
+                self._on_noticed(message)
 
     def _answer(self, number: int, answer: Answer) -> None:
         waiting = self._in_flight.pop(number, None)
@@ -514,7 +532,7 @@ def _message_bytes(message: Message) -> int:
             return _MESSAGE_BYTES
 
 
-def _without_doing_it(payload: Payload) -> Payload:
+def _without_doing_it(payload: Payload | Follow | Unfollow) -> Payload | Follow | Unfollow:
     """Ask only what became of a command that may be what kills the shard."""
     match payload:
         case PlaceBid():

@@ -36,6 +36,8 @@ class MemoryStore:
         self.entities: dict[UUID, EntityRow] = {}
         self.snapshots: dict[UUID, SnapshotRow] = {}
         self.private: dict[tuple[UUID, int], Private] = {}
+        self.bidders: set[tuple[UUID, UUID]] = set()
+        """Each user with each auction in which it bids."""
 
     def take_over(self, shard: int) -> UUID:
         """Give a shard a new owner."""
@@ -70,13 +72,15 @@ class MemoryJournal:
         if any(row.seq < 1 for row in rows):
             raise Refused("CheckViolationError: seq begins at 1")
         for row in rows:
-            store.journal.setdefault(row.entity_id, {})[row.seq] = row._replace(private=None)
+            store.journal.setdefault(row.entity_id, {})[row.seq] = row._replace(private=None, joined=None)
             if row.private is not None:
                 store.private[row.entity_id, row.seq] = row.private
+            if row.joined is not None:
+                store.bidders.add((row.joined, row.entity_id))
         for entity in entities:
             known = store.entities.get(entity.entity_id, entity)
             store.entities[entity.entity_id] = known._replace(
-                status=entity.status, due_at=entity.due_at, window_ms=entity.window_ms
+                status=entity.status, due_at=entity.due_at, window_ms=entity.window_ms, ended_at=entity.ended_at
             )
         if paid_until is not None:
             store.shards[self._shard].down_at = paid_until if store.clock() > paid_until + OUTAGE_MS else None

@@ -11,8 +11,10 @@ from uuid import UUID
 
 import msgspec
 
-from engine.auction import Snapshot
+from engine.auction import Snapshot, Status
 from engine.commands import CancelAuction, EndAuction, OpenAuction, PlaceBid
+from engine.events import Outcome
+from engine.notices import NoticeKind
 from engine.rejections import Rejection
 
 VERSION: Final = 1
@@ -58,6 +60,21 @@ class Viewers(msgspec.Struct, frozen=True, tag="viewers", array_like=True):
     viewers: int
 
 
+class Follow(msgspec.Struct, frozen=True, tag="follow", array_like=True):
+    """Ask for what concerns these users, in all auctions of the shard, from now on and on this link.
+
+    Its answer comes when all that was decided before is in the journal.
+    """
+
+    users: list[UUID]
+
+
+class Unfollow(msgspec.Struct, frozen=True, tag="unfollow", array_like=True):
+    """Stop what concerns these users on this link. Has no answer."""
+
+    users: list[UUID]
+
+
 Payload = OpenAuction | PlaceBid | EndAuction | CancelAuction | GetAuction | Recall | Watch | Unsubscribe | Viewers
 
 
@@ -65,7 +82,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Something to do or to tell; the answer carries the same `request` number."""
 
     request: int
-    payload: Payload
+    payload: Payload | Follow | Unfollow
 
 
 class Proof(msgspec.Struct, frozen=True, tag="proof", array_like=True):
@@ -120,6 +137,8 @@ class AuctionView(msgspec.Struct, frozen=True, tag="view", array_like=True):
     reserve_price: int | None
     """For its maker and admins only: the gateway decides."""
     ended_at: int | None
+    at: int
+    """Of the event `seq`."""
 
 
 class Watched(msgspec.Struct, frozen=True, tag="watched", array_like=True):
@@ -136,7 +155,11 @@ class Watched(msgspec.Struct, frozen=True, tag="watched", array_like=True):
     """How each of the viewers stands; None for one that has not bid."""
 
 
-Answer = BidAccepted | AuctionView | Watched | Rejection
+class Followed(msgspec.Struct, frozen=True, tag="followed", array_like=True):
+    """The users are followed."""
+
+
+Answer = BidAccepted | AuctionView | Watched | Followed | Rejection
 
 
 class Answered(msgspec.Struct, frozen=True, tag="answered", array_like=True, gc=False):
@@ -167,7 +190,23 @@ class Presence(msgspec.Struct, frozen=True, tag="presence", array_like=True):
     viewers: int
 
 
-Message = Answered | Published | Presence
+class Noticed(msgspec.Struct, frozen=True, kw_only=True, tag="noticed", array_like=True):
+    """An event, committed, that concerns `user`; the rest is the auction, and how the user stands, right after it."""
+
+    user: UUID
+    auction: UUID
+    kind: NoticeKind
+    seq: int
+    at: int
+    price: int
+    minimum: int
+    end_time: int
+    status: Status
+    outcome: Outcome | None
+    you: You
+
+
+Message = Answered | Published | Presence | Noticed
 """What a shard sends on an open link."""
 
 
@@ -188,7 +227,7 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome", array_like=True):
 
 
 class Output(msgspec.Struct, frozen=True, tag="output", array_like=True):
-    """Answers and events, in the order in which they were decided."""
+    """Answers, events and notices, in the order in which they were decided."""
 
     messages: list[Message]
 

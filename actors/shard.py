@@ -24,6 +24,7 @@ import msgspec
 from actors.deadlines import Deadlines
 from actors.directory import slot_of
 from actors.entities import NO_SNAPSHOT, SNAPSHOT_VERSION, Entity, Recorded, bid_accepted
+from actors.followers import Followers, noticed
 from actors.journal import (
     EntityRow,
     Fenced,
@@ -39,13 +40,17 @@ from actors.journal import (
 from actors.messages import (
     Answer,
     Answered,
+    Follow,
+    Followed,
     GetAuction,
     Message,
+    Noticed,
     Payload,
     Presence,
     Published,
     Recall,
     Request,
+    Unfollow,
     Unsubscribe,
     Viewers,
     Watch,
@@ -85,6 +90,7 @@ from engine.rejections import BUSY, INTERNAL, NOT_FOUND, OUTCOME_UNKNOWN, UNAVAI
 
 logger = logging.getLogger(__name__)
 
+_OF_USERS = (Follow, Unfollow)
 _NEVER_TAKEN = Rejection("internal", "This was not done: something went wrong on our side.")
 
 
@@ -127,7 +133,7 @@ class _Turn:
         self.rows: list[Row] = []
         self.entities: dict[UUID, EntityRow] = {}
         self.snapshots: list[SnapshotRow] = []
-        self.steps: list[_Reply | _Happened | _Recollection] = []
+        self.steps: list[_Reply | _Happened | Noticed | _Recollection] = []
         self.watched: dict[UUID, Entity] = {}
         """The auctions whose events are among the steps."""
         self.views: dict[UUID, tuple[int, bytes]] = {}
@@ -166,6 +172,7 @@ class Shard:
         self._watchers: dict[UUID, dict[Outlet, int]] = {}
         """Who gets an auction's events, and after which `seq`: what came before stands in its subscription's answer."""
         self._audiences: Audiences[Outlet] = Audiences(_tell_presence)
+        self._followers: Followers[Outlet] = Followers()
         self._turn = _Turn(1)
         self._released = 0
         self._unsaved: dict[UUID, SnapshotRow] = {}
@@ -223,6 +230,9 @@ class Shard:
         now = self._clock()
         refused: list[Message] = []
         for request in requests:
+            if isinstance(request.payload, _OF_USERS):
+                self._take_follow(request.payload, request.request, outlet)
+                continue
             entity_id = request.payload.auction
             entity = self._awake.get(entity_id)
             if isinstance(request.payload, Unsubscribe):
@@ -252,6 +262,7 @@ class Shard:
         """An outlet is gone: no more events for it."""
         for topic in [topic for topic, outlets in self._watchers.items() if outlet in outlets]:
             self._unwatch(topic, outlet)
+        self._followers.leave(outlet)
 
     # One request
 
@@ -266,6 +277,14 @@ class Shard:
         if slot_of(entity_id) not in self._slots:
             return UNAVAILABLE
         return BUSY if len(self._waking) >= WAKING_MAX else None
+
+    def _take_follow(self, payload: Follow | Unfollow, request: int, outlet: Outlet) -> None:
+        """Never refused, and none of what stands in the line: there are at most as many as sockets."""
+        if isinstance(payload, Unfollow):
+            self._followers.unfollow(outlet, payload.users)
+        else:
+            self._followers.follow(outlet, payload.users)
+            self._turn.steps.append(_Reply(outlet, request, Followed()))
 
     def _take_unsubscribe(self, entity_id: UUID, waiting: _Waiting) -> None:
         """Never refused, and nobody is woken for it; but it stays behind a subscription that waits."""
@@ -411,10 +430,13 @@ class Shard:
             turn.watched[entity.id] = entity
         first = None
         for event in events:
+            concerned = self._followers.concerned(entity, event) if self._followers.by_user else ()
             recorded, row = entity.record(event, now, known_by, private)
             turn.rows.append(row)
             if is_watched:
                 turn.steps.append(_Happened(entity.id, recorded))
+            for user, kind in concerned:
+                turn.steps.append(noticed(entity, recorded, user, kind))
             if first is None:
                 first, known_by, private = recorded, None, None
         assert first is not None
@@ -733,6 +755,9 @@ class Shard:
                 outputs.setdefault(step.outlet, []).append(Answered(step.request, step.answer))
             elif isinstance(step, _Happened):
                 happened.setdefault(step.topic, []).append(step.recorded)
+            elif isinstance(step, Noticed):
+                for outlet in self._followers.by_user.get(step.user, ()):
+                    outputs.setdefault(outlet, []).append(step)
             else:
                 self._run(self._recollect(step))
         for topic, events in happened.items():

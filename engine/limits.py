@@ -3,10 +3,22 @@
 Amounts are integers in a currency's minor unit, times and durations integer milliseconds.
 """
 
+from typing import NamedTuple
+
+
+class Rate(NamedTuple):
+    """So much a second on the whole, and `burst` of it at once."""
+
+    per_second: int
+    burst: int
+
+
 SECOND_MS = 1_000
 MINUTE_MS = 60 * SECOND_MS
 HOUR_MS = 60 * MINUTE_MS
 DAY_MS = 24 * HOUR_MS
+
+MEBIBYTE = 1024 * 1024
 
 # Numbers and amounts
 INTEGER_MAX = 2**53 - 1
@@ -52,8 +64,10 @@ CLOSE_REASON_BYTES_MAX = 123
 """A control frame holds 125 bytes, a close's code two of them (RFC 6455, section 5.5)."""
 SOCKET_WRITE_BYTES_MAX = 1024 * 1024
 """Bytes that a client has not read; over it the socket is closed as too slow."""
-SOCKETS_MAX = 20_000
-"""Sockets of one gateway."""
+SOCKETS_MAX = 50_000
+"""Sockets of one gateway, where it may open that many files."""
+FILES_RESERVED = 1_024
+"""Files that a gateway keeps for all else: links, logs, Postgres, HTTP."""
 SOCKET_BEHIND_BYTES = 64 * 1024
 """With more unread a socket is behind: until it has read on, what happens in its topics is folded for it."""
 SOCKET_KERNEL_BYTES = 64 * 1024
@@ -73,10 +87,32 @@ WATCH_VIEWERS_MAX = 1_000
 PRESENCE_MS = 1 * SECOND_MS
 """Viewers are counted, and their number is told, at most so often."""
 
+# Rates. Who is over one is told when to come back; raised addresses have none.
+RAISED_ADDRESSES = "127.0.0.0/8,::1"
+"""Whose rates are raised by default: load tests, and a proxy on this machine."""
+CONNECTION_MESSAGES_RATE = Rate(20, burst=200)
+"""A client that bids by itself sends a few a second; one that comes back asks at once for all its topics, and sends
+again all that was not answered."""
+USER_BIDS_RATE = Rate(10, burst=64)
+"""An eager person bids twice a second; a program that answers each bid in several closing auctions some more."""
+ADDRESS_MESSAGES_RATE = Rate(500, burst=4_000)
+"""An office of 200 behind one address: each may bid twice a second, and all come back at once with 20 topics each."""
+ADDRESS_CONNECTIONS_RATE = Rate(20, burst=400)
+"""The same 200, with two devices each, come back at once after a gateway's end."""
+ADDRESS_CONNECTIONS_MAX = 1_000
+RATE_REFUSALS_MAX = 100
+"""Who goes on after so many refusals within `ERRORS_WINDOW_MS` is closed."""
+BUCKETS_MAX = 100_000
+"""Users, or addresses, of which a gateway knows how much they did just now."""
+
 # Links between gateways and shards
 LINK_FRAME_BYTES_MAX = 16 * 1024 * 1024
 LINK_BATCH_MAX = 64
 LINK_IN_FLIGHT_MAX = 8_192
+"""Requests that a gateway has with a shard, or keeps for one that is away."""
+LINK_LINE_MAX = 512
+"""So many of these, and a bid is `busy`. Two shards on one slow core do what they may have in 0.06 s, so that a bid
+that is taken waits hardly longer, and it takes a pause of 0.1 s to refuse any of 5,000 bids a second."""
 LINK_OUTPUT_BYTES = 1024 * 1024
 """About so much a shard puts into one frame."""
 LINK_FOLD_BYTES = 4 * 1024 * 1024
@@ -88,6 +124,17 @@ LINK_DEAD_MS = 1 * SECOND_MS
 LINK_GREETING_MS = 2 * SECOND_MS
 COMMAND_TIMEOUT_MS = 8 * SECOND_MS
 """How long a gateway keeps a command for a shard that is away before it tells the client."""
+FOLLOWED_MAX = SOCKETS_MAX
+"""Users that a gateway follows at a shard: those with a socket that asked for the topic `me`."""
+FOLLOWED_AT_ONCE = 500
+"""Users in one request to follow them."""
+STANDINGS_MAX = 100
+"""Auctions of which a gateway tells one user how it stands: those that are open, and then the newest of the others."""
+STANDINGS_MS = DAY_MS
+"""So long after its end an auction is among a user's standings."""
+LOOKUPS_AT_ONCE = 8
+"""Users whose standings a gateway asks for at the same time."""
+LOOKUP_RETRY_MS = 1 * SECOND_MS
 
 # Shards
 SLOTS = 1_024
@@ -120,6 +167,8 @@ READ_TRIES = 3
 READ_AHEAD_MS = 10 * SECOND_MS
 """So much nearer to its end an auction may come while all of these are read."""
 BUSY_RETRY_MS = 250
+BUSY_REST_MS = 80
+"""About so long nothing is read from a socket that was told `busy`; what it sent meanwhile is then read at once."""
 CLOCK_SYNC_MS = MINUTE_MS
 CLOCK_ROUND_TRIP_MS_MAX = 50
 """A reading of the clock that took longer is not precise enough."""
@@ -134,7 +183,14 @@ PAGE_LIMIT_MAX = 100
 assert AMOUNT_MAX <= INTEGER_MAX
 # A verdict that is not committed yet must still be remembered when its retry arrives.
 assert SHARD_LINE_MAX < VERDICTS_REMEMBERED
-assert LINK_IN_FLIGHT_MAX <= SHARD_LINE_MAX
+assert LINK_LINE_MAX < LINK_IN_FLIGHT_MAX <= SHARD_LINE_MAX
+# Who comes back may subscribe to all that it had and send again all that was not answered.
+assert CONNECTION_MESSAGES_RATE.burst > SUBSCRIPTIONS_MAX + IN_FLIGHT_MAX
+assert USER_BIDS_RATE.burst >= IN_FLIGHT_MAX
+# A client that waits as it is told finds its socket read again.
+assert BUSY_REST_MS * 2 < BUSY_RETRY_MS
+# A minute after it was told to come back then, all of an address can.
+assert ADDRESS_CONNECTIONS_RATE.per_second * 60 >= ADDRESS_CONNECTIONS_MAX
 assert LINK_OUTPUT_BYTES + RESUME_EVENTS_MAX * 1_024 < LINK_FRAME_BYTES_MAX
 assert LINK_BATCH_MAX * FRAME_BYTES_MAX <= LINK_FRAME_BYTES_MAX
 assert LINK_BATCH_MAX * WATCH_VIEWERS_MAX * 20 <= LINK_FRAME_BYTES_MAX
@@ -142,6 +198,9 @@ assert LINK_BATCH_MAX * WATCH_VIEWERS_MAX * 20 <= LINK_FRAME_BYTES_MAX
 assert LINK_OUTPUT_BYTES < LINK_FOLD_BYTES < LINK_WRITE_BYTES_MAX
 assert SOCKET_BEHIND_BYTES < SOCKET_WRITE_BYTES_MAX
 assert TOPIC_EVENTS_BYTES_MAX + TOPIC_KEPT_BYTES_MAX < SOCKET_WRITE_BYTES_MAX
+assert FOLLOWED_MAX >= SOCKETS_MAX
+assert FOLLOWED_AT_ONCE * 32 <= FRAME_BYTES_MAX
+assert STANDINGS_MAX * LOOKUPS_AT_ONCE <= WAKING_MAX
 assert LINK_PING_MS * 2 < LINK_DEAD_MS
 assert ALIVE_MS * 2 <= OUTAGE_MS < OWNER_SILENT_MS
 assert SOFT_CLOSE_EXTENSION_MS_MAX <= SOFT_CLOSE_TOTAL_MS_MAX

@@ -1,11 +1,16 @@
-"""The wiring of a gateway to the shards: links, the router and the fan-out."""
+"""The wiring of a gateway to the shards: links, the router, the fan-out and the notices."""
 
+from functools import partial
 from typing import NamedTuple
+
+import asyncpg
 
 from actors.bootstrap import Host
 from actors.directory import Directory, Owner
 from actors.link import Link
+from gateway.catalogue.auctions import list_joined
 from gateway.fanout import Fanout
+from gateway.people import People
 from gateway.router import Router
 
 
@@ -14,13 +19,19 @@ class Parts(NamedTuple):
 
     router: Router
     fanout: Fanout
+    people: People
 
 
-async def connect(host: Host, name: str, directory: Directory) -> Parts:
+async def connect(host: Host, name: str, pool: asyncpg.Pool) -> Parts:
     """Link the gateway `name` to every shard. Returns when all of them can be reached."""
+    directory = Directory(pool)
 
     async def find_owner(shard: int) -> Owner | None:
         return next((owner for owner in await directory.owners() if owner.shard == shard), None)
+
+    def opened(shard: int) -> None:
+        fanout.resubscribe(shard)
+        people.follow_again(shard)
 
     def link(shard: int) -> Link:
         return Link(
@@ -31,11 +42,13 @@ async def connect(host: Host, name: str, directory: Directory) -> Parts:
             find_owner=find_owner,
             on_published=fanout.published,
             on_presence=fanout.presence,
-            on_open=fanout.resubscribe,
+            on_noticed=people.noticed,
+            on_open=opened,
         )
 
     router = Router(await directory.slots())
     fanout = Fanout(router)
+    people = People(router, partial(list_joined, pool))
     router.connect({owner.shard: link(owner.shard) for owner in await directory.owners()})
     await router.opened()
-    return Parts(router, fanout)
+    return Parts(router, fanout, people)

@@ -6,7 +6,6 @@ Several may share the port (`SO_REUSEPORT`); the kernel spreads connections over
 import asyncio
 import logging
 import os
-import resource
 import socket
 from typing import Any, Final, NoReturn
 
@@ -17,13 +16,15 @@ import uvicorn
 from actors.bootstrap import Host, Place, host_of, keep_synchronised, set_up_logging, settle_memory
 from actors.clock import Clock
 from actors.database import ERRORS
-from actors.directory import Directory
 from actors.ray_actor import begin, die_if_failed, spawn
-from engine.limits import SOCKET_KERNEL_BYTES
+from engine.limits import MEBIBYTE, RAISED_ADDRESSES, SOCKET_KERNEL_BYTES
 from gateway.api.edge import HEALTHY, Edge
 from gateway.app import create_app
 from gateway.bootstrap import connect
 from gateway.fanout import Fanout
+from gateway.people import People
+from gateway.rates import Rates, networks
+from gateway.room import Memory, memory_share_bytes, raise_file_limit, sockets_for
 from gateway.router import Router
 from gateway.socket import HttpProtocol, Sockets, make_protocol
 from gateway.tokens import Verifier
@@ -37,11 +38,17 @@ _HEALTH_S: Final = 2
 
 
 class Door(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a gateway listens, and whose tokens it takes."""
+    """Where a gateway listens, whose tokens it takes, and how much of everything."""
 
     host: str
     port: int
     public_key: bytes
+    raised_addresses: str = RAISED_ADDRESSES
+    """Addresses and networks without rates, separated by commas."""
+    memory_bytes_max: int | None = None
+    """Over this much nobody is let in; None for this gateway's share of the machine's."""
+    gateways: int = 1
+    """So many share the machine."""
 
 
 class RunningGateway:
@@ -52,25 +59,38 @@ class RunningGateway:
         self._name = name
         self._pool = pool
         self._clock = clock
-        self._sockets = Sockets()
+        self._sockets: Sockets
+        self._memory: Memory
         self._router: Router
         self._fanout: Fanout
+        self._people: People
         self._server: uvicorn.Server
         self._tasks: list[asyncio.Task[None] | asyncio.Task[NoReturn]] = []
 
     async def serve(self, door: Door) -> None:
         """Open the links and the port; return when bids can be placed."""
-        self._router, self._fanout = await connect(self._host, self._name, Directory(self._pool))
+        self._router, self._fanout, self._people = await connect(self._host, self._name, self._pool)
         verifier = Verifier(door.public_key)
-        edge = Edge(router=self._router, verifier=verifier, pool=self._pool, clock=self._clock, health=self._health)
+        rates = Rates(networks(door.raised_addresses))
+        self._sockets = self._make_room(door, rates)
+        edge = Edge(
+            router=self._router,
+            verifier=verifier,
+            pool=self._pool,
+            clock=self._clock,
+            rates=rates,
+            health=self._health,
+        )
         config = uvicorn.Config(
             create_app(edge),
-            ws=make_protocol(self._router, self._fanout, verifier.verify, self._clock, self._sockets),
+            ws=make_protocol(self._router, self._fanout, self._people, verifier.verify, self._clock, self._sockets),
             http=HttpProtocol,
             lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
+            # Rates go by who is connected: what a header says of it anybody could write.
+            proxy_headers=False,
             backlog=_BACKLOG,
             timeout_graceful_shutdown=_STOP_S,
         )
@@ -99,14 +119,37 @@ class RunningGateway:
         await serving
         for task in others:
             task.cancel()
+        await self._people.close()
         await self._router.close()
         await self._pool.close()
+
+    def _make_room(self, door: Door, rates: Rates) -> Sockets:
+        """Find out how many sockets there is room for, and say so."""
+        files = raise_file_limit()
+        sockets = Sockets(sockets_for(files), rates)
+        bytes_max = door.memory_bytes_max or memory_share_bytes(door.gateways)
+        self._memory = Memory(bytes_max)
+        logger.info(
+            "%s may open %d files: there is room for %d sockets, in up to %d MiB",
+            self._name,
+            files,
+            sockets.sockets_max,
+            bytes_max // MEBIBYTE,
+        )
+        return sockets
 
     async def _tick(self) -> NoReturn:
         while True:
             await asyncio.sleep(1)
+            self._look_at_memory()
             self._sockets.tick(self._clock())
             self._fanout.tick()
+
+    def _look_at_memory(self) -> None:
+        is_short = self._memory.look()
+        if is_short != self._sockets.is_short_of_memory:
+            self._sockets.is_short_of_memory = is_short
+            logger.warning("%s", "memory is short: nobody is let in" if is_short else "there is memory again")
 
     async def _health(self) -> dict[str, str]:
         unreachable = self._router.unreachable()
@@ -125,7 +168,6 @@ class RunningGateway:
 
 async def start_gateway(place: Place, door: Door, name: str) -> RunningGateway:
     """Wire a gateway and serve. Waits for Postgres and for every shard."""
-    _raise_file_limit()
     host = host_of(place)
     pool = await host.database.pool()
     clock = Clock(host.monotonic_ns)
@@ -162,12 +204,6 @@ def actor_name(number: int) -> str:
 def create(place: Place, door: Door, number: int) -> Any:  # noqa: ANN401 (Ray's handles have no type)
     """Have Ray keep this gateway running."""
     return spawn(GatewayActor, actor_name(number), RESOURCE, place, door, number)
-
-
-def _raise_file_limit() -> None:
-    """Each socket is an open file: take as many as the system allows."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _listening_socket(host: str, port: int) -> socket.socket:

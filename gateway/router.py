@@ -1,12 +1,13 @@
 """Which shard: requests go to the link of the shard that serves their auction."""
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from uuid import UUID
 
 from actors.directory import slot_of
 from actors.link import Link
-from actors.messages import Answer, Payload
+from actors.messages import Answer, Follow, Payload, Unfollow
 
 
 class Router:
@@ -24,21 +25,26 @@ class Router:
         """The shard that serves this entity."""
         return self._slots[slot_of(entity_id)]
 
+    @property
+    def shards(self) -> Collection[int]:
+        """All shards that serve a slot."""
+        return self._links.keys()
+
     def submit(self, payload: Payload, on_answer: Callable[[Answer], None]) -> None:
         """Send a request on its way; `on_answer` gets its answer once, perhaps at once. Never raises."""
         self._links[self.shard_of(payload.auction)].submit(payload, on_answer)
 
+    def submit_to(self, shard: int, payload: Follow | Unfollow, on_answer: Callable[[Answer], None]) -> None:
+        """Tell one shard what is about no auction. Never raises."""
+        self._links[shard].submit(payload, on_answer)
+
     async def ask(self, payload: Payload) -> Answer:
         """Submit a request and wait for its answer."""
-        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        return await _answer_to(partial(self.submit, payload))
 
-        def settle(value: Answer) -> None:
-            # Whoever asked may have gone meanwhile, and its future with it.
-            if not answer.done():
-                answer.set_result(value)
-
-        self.submit(payload, settle)
-        return await answer
+    async def ask_shard(self, shard: int, payload: Follow) -> Answer:
+        """Tell one shard what is about no auction, and wait for its answer."""
+        return await _answer_to(partial(self.submit_to, shard, payload))
 
     async def opened(self) -> None:
         """Wait until every shard can be reached."""
@@ -51,3 +57,15 @@ class Router:
     async def close(self) -> None:
         """End the links."""
         await asyncio.gather(*(link.close() for link in self._links.values()))
+
+
+async def _answer_to(submit: Callable[[Callable[[Answer], None]], None]) -> Answer:
+    answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+
+    def settle(value: Answer) -> None:
+        # Whoever asked may have gone meanwhile, and its future with it.
+        if not answer.done():
+            answer.set_result(value)
+
+    submit(settle)
+    return await answer

@@ -20,11 +20,13 @@ from engine.limits import (
     HEARTBEATS_MISSED_MAX,
     HELLO_TIMEOUT_MS,
     IN_FLIGHT_MAX,
+    RATE_REFUSALS_MAX,
     SUBSCRIPTIONS_MAX,
     TOKEN_GRACE_MS,
 )
 from engine.rejections import Rejection
 from gateway import wire
+from gateway.rates import rate_limited
 from gateway.tokens import Identity, TokenInvalid
 
 # Why a socket is closed, as the protocol's close codes
@@ -51,7 +53,8 @@ class PendingSubscription(msgspec.Struct, eq=False):
     """A subscription on its way. Once it is cancelled, its answer is for nobody."""
 
     ref: wire.Ref
-    auction: UUID
+    auction: UUID | None
+    """None for the topic `me`."""
     is_cancelled: bool = False
 
 
@@ -60,6 +63,12 @@ class PendingSubscription(msgspec.Struct, eq=False):
 
 class Send(msgspec.Struct, frozen=True, gc=False):
     """Send a text message to the client."""
+
+    data: bytes
+
+
+class Refuse(msgspec.Struct, frozen=True, gc=False):
+    """Send a refusal that should cost as little as possible: there are many of them when there is much to do."""
 
     data: bytes
 
@@ -97,7 +106,18 @@ class Unsubscribe(msgspec.Struct, frozen=True):
     topic: UUID
 
 
-Intent = Send | Ping | Close | Submit | Subscribe | Unsubscribe
+class FollowUser(msgspec.Struct, frozen=True):
+    """Send the client what concerns its user, and hand the user's standings to `subscribed`."""
+
+    user: UUID
+    pending: PendingSubscription
+
+
+class UnfollowUser(msgspec.Struct, frozen=True):
+    """Stop what concerns the client's user. Has no answer."""
+
+
+Intent = Send | Refuse | Ping | Close | Submit | Subscribe | Unsubscribe | FollowUser | UnfollowUser
 
 
 class _Subscription(msgspec.Struct, eq=False):
@@ -120,6 +140,8 @@ class Session:
         "_opened_at",
         "_ping_at",
         "_pings_unanswered",
+        "_refusals",
+        "_refusals_since",
         "_subscriptions",
         "_unanswered",
         "_verify",
@@ -134,11 +156,15 @@ class Session:
         self._is_welcomed = False
         self._identity: Identity | None = None
         self._in_flight = 0
-        self._subscriptions: dict[UUID, _Subscription] = {}
+        self._subscriptions: dict[UUID | None, _Subscription] = {}
+        """By auction; None for the topic `me`."""
         self._unanswered = 0
         """Subscriptions that were handed on and not answered yet, cancelled ones included."""
         self._errors = 0
         self._errors_since = now
+        self._refusals = 0
+        """For its rate, since `_refusals_since`."""
+        self._refusals_since = now
         self._ping_at = now + HEARTBEAT_MS
         self._pings_unanswered = 0
 
@@ -172,6 +198,25 @@ class Session:
             case wire.Ping():
                 return [Send(wire.encode_pong(message.ref))]
 
+    def rate_limited(self, data: bytes, retry_after_ms: int, now: int) -> list[Intent]:
+        """Refuse a whole text message, for there were too many; who goes on all the same is closed."""
+        return self.over_rate(now) or self.refused(data, rate_limited(retry_after_ms))
+
+    def refused(self, data: bytes, rejection: Rejection) -> list[Intent]:
+        """Refuse a whole text message unread, but for its `ref`."""
+        return [] if self.is_closed else [_refusal(wire.ref_of(data), rejection, None)]
+
+    def over_rate(self, now: int) -> list[Intent]:
+        """Note something that came too often; after too many of these this is closed."""
+        self.activity()
+        if now - self._refusals_since >= ERRORS_WINDOW_MS:
+            self._refusals = 0
+            self._refusals_since = now
+        self._refusals += 1
+        if self._refusals < RATE_REFUSALS_MAX:
+            return []
+        return self._close(TOO_MANY, "There were too many requests; try again in a minute.")
+
     def binary_received(self) -> list[Intent]:
         """Take a binary message: the protocol has none."""
         return self._close(NOT_PROTOCOL, "A message is text, not binary.")
@@ -197,7 +242,9 @@ class Session:
                 # The shard did something, though not what was asked; a retry finds out.
                 return [_error(pending.ref, "outcome_unknown", "The answer to this bid was not understood.")]
 
-    def subscribed(self, pending: PendingSubscription, answer: wire.Subscribed | Rejection) -> list[Intent]:
+    def subscribed(
+        self, pending: PendingSubscription, answer: wire.Subscribed | list[wire.Standing] | Rejection
+    ) -> list[Intent]:
         """Pass on the answer to a subscription."""
         self._unanswered -= 1
         if self.is_closed or pending.is_cancelled:
@@ -205,8 +252,12 @@ class Session:
         subscription = self._subscriptions[pending.auction]
         subscription.pending = None
         if isinstance(answer, wire.Subscribed):
+            assert pending.auction is not None
             subscription.is_live = True
             return [Send(wire.encode_subscribed(pending.ref, pending.auction, answer))]
+        if isinstance(answer, list):
+            subscription.is_live = True
+            return [Send(wire.encode_standings(pending.ref, answer))]
         # Refused again, a topic keeps what it had.
         if not subscription.is_live:
             del self._subscriptions[pending.auction]
@@ -275,7 +326,9 @@ class Session:
         return [Submit(bid, PendingBid(message.ref, message.auction, message.bid_id))]
 
     def _subscribe(self, message: wire.Subscribe) -> list[Intent]:
-        auction = wire.topic_auction(message.topic)
+        auction, user = wire.topic_auction(message.topic), _user(self._identity)
+        if auction is None and user is None:
+            return [_refusal(message.ref, Rejection("not_authenticated", "Log in to hear what concerns you."), None)]
         subscription = self._subscriptions.get(auction)
         is_over = subscription is None and len(self._subscriptions) >= SUBSCRIPTIONS_MAX
         # Asked for and left again and again without waiting, that is bounded, too.
@@ -288,14 +341,17 @@ class Session:
             return [_error(message.ref, "too_many", "The last subscription to this topic is not answered yet.")]
         pending = subscription.pending = PendingSubscription(message.ref, auction)
         self._unanswered += 1
-        return [Subscribe(auction, _user(self._identity), message.since, pending)]
+        if auction is None:
+            assert user is not None
+            return [FollowUser(user, pending)]
+        return [Subscribe(auction, user, message.since, pending)]
 
     def _unsubscribe(self, message: wire.Unsubscribe) -> list[Intent]:
         auction = wire.topic_auction(message.topic)
         intents: list[Intent] = []
         subscription = self._subscriptions.pop(auction, None)
         if subscription is not None:
-            intents.append(Unsubscribe(auction))
+            intents.append(UnfollowUser() if auction is None else Unsubscribe(auction))
             pending = subscription.pending
             if pending is not None:
                 pending.is_cancelled = True
@@ -332,10 +388,13 @@ def _user(identity: Identity | None) -> UUID | None:
     return None if identity is None else identity.user
 
 
-def _refusal(ref: wire.Ref, rejection: Rejection, bid_id: UUID | None) -> Send:
+def _refusal(ref: wire.Ref, rejection: Rejection, bid_id: UUID | None) -> Send | Refuse:
     """A refusal by the rules is a verdict; one by the engine says that it came to none."""
     match rejection.code:
-        case "busy" | "rate_limited" | "unavailable" | "internal" | "outcome_unknown" as code:
+        case "busy" | "rate_limited" as code:
+            data = wire.encode_error(ref, code, rejection.message, retry_after_ms=rejection.retry_after_ms)
+            return Refuse(data)
+        case "unavailable" | "internal" | "outcome_unknown" as code:
             return _error(ref, code, rejection.message, retry_after_ms=rejection.retry_after_ms)
         case _:
             return Send(wire.encode_rejected(ref, rejection, bid_id))

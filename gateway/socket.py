@@ -6,8 +6,10 @@ its `ws=`), which is picows's WebSocket protocol with a `ClientSocket` as its li
 
 import asyncio
 import logging
+import struct
 from collections.abc import Callable, Iterable
 from functools import partial
+from random import uniform
 from typing import Any, Final, Protocol, cast
 from uuid import UUID, uuid4
 
@@ -27,6 +29,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from actors.messages import Answer, Payload
 from engine.limits import (
+    BUSY_REST_MS,
     CLOSE_REASON_BYTES_MAX,
     CLOSE_TIMEOUT_MS,
     FRAME_BYTES_MAX,
@@ -37,21 +40,25 @@ from engine.limits import (
     SOCKET_WRITE_BYTES_MAX,
     SOCKETS_MAX,
 )
-from engine.rejections import Rejection
+from engine.rejections import BUSY, Rejection
+from gateway.rates import Rates, Visit, rate_limited
 from gateway.session import (
     Close,
+    FollowUser,
     Intent,
     PendingBid,
     PendingSubscription,
     Ping,
+    Refuse,
     Send,
     Session,
     Submit,
     Subscribe,
+    UnfollowUser,
     Unsubscribe,
     Verify,
 )
-from gateway.wire import Subscribed
+from gateway.wire import Standing, Subscribed
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +75,11 @@ _COPIED_BYTES_MAX: Final = 8_192
 _HEADER_BYTES: Final = 14
 """The room that picows wants before a message to write a frame's header into."""
 _TEXT: Final = WSMsgType.TEXT
+_TEXT_HEADER: Final = 0x81
+"""A text message in one frame (RFC 6455, section 5.2)."""
+_EXTENDED: Final = 126
+"""Stands for a length from here on up to `_SHORT_BYTES_MAX`, which follows in two bytes."""
+_SHORT_BYTES_MAX: Final = 65_535
 
 
 # What a socket needs
@@ -124,13 +136,28 @@ class Fanout(Protocol):
         ...
 
 
-class Sockets:
-    """The open sockets of a gateway; at most `sockets_max` are let in."""
+class People(Protocol):
+    """Where a user's notices come from."""
 
-    def __init__(self, sockets_max: int = SOCKETS_MAX) -> None:
+    def follow(self, user: UUID, sink: Sink, on_subscribed: Callable[[list[Standing] | Rejection], None], /) -> None:
+        """Have `on_subscribed` called once, before any later notice is sent to `sink`."""
+        ...
+
+    def drop(self, sink: Sink, /) -> None:
+        """Send no more notices to `sink`."""
+        ...
+
+
+class Sockets:
+    """The open sockets of a gateway; at most `sockets_max` are let in, and no address more than its rates allow."""
+
+    def __init__(self, sockets_max: int = SOCKETS_MAX, rates: Rates | None = None) -> None:
         self.sockets_max = sockets_max
         self.is_draining = False
-        self._open: dict[ClientSocket, None] = {}
+        self.is_short_of_memory = False
+        """While it is, nobody is let in."""
+        self._rates = rates or Rates()
+        self._open: dict[ClientSocket, Visit] = {}
 
     def __len__(self) -> int:
         return len(self._open)
@@ -150,20 +177,24 @@ class Sockets:
         for socket in tuple(self._open):
             socket.drain()
 
-    def add(self, socket: "ClientSocket") -> bool:
-        """Let a socket in; False if the house is full."""
-        if len(self._open) >= self.sockets_max:
-            return False
-        self._open[socket] = None
-        return True
+    def add(self, socket: "ClientSocket", address: str, now: int) -> Visit | None:
+        """Let a socket in; None if the house is full, or too many come from its address."""
+        if len(self._open) >= self.sockets_max or self.is_short_of_memory:
+            return None
+        visit = self._rates.enter(address, now)
+        if visit is not None:
+            self._open[socket] = visit
+        return visit
 
     def discard(self, socket: "ClientSocket") -> None:
         """Forget a socket that is closed or closing."""
-        self._open.pop(socket, None)
+        visit = self._open.pop(socket, None)
+        if visit is not None:
+            self._rates.leave(visit)
 
 
 def make_protocol(
-    router: Router, fanout: Fanout, verify: Verify, clock: Callable[[], int], sockets: Sockets
+    router: Router, fanout: Fanout, people: People, verify: Verify, clock: Callable[[], int], sockets: Sockets
 ) -> type[asyncio.Protocol]:
     """Make the class that uvicorn takes as `ws=`. `clock` gives milliseconds since the epoch."""
 
@@ -182,7 +213,7 @@ def make_protocol(
         response = WSUpgradeResponse.create_101_response(
             {"Sec-WebSocket-Protocol": SUBPROTOCOL} if is_offered else None
         )
-        socket = ClientSocket(router, fanout, Session(uuid4(), verify, clock()), clock, sockets)
+        socket = ClientSocket(router, fanout, people, Session(uuid4(), verify, clock()), clock, sockets)
         return WSUpgradeResponseWithListener(response, socket)
 
     class LiveProtocol(_LiveProtocol):
@@ -200,25 +231,37 @@ class ClientSocket(WSListener):
         "_fanout",
         "_fragments",
         "_is_closing",
+        "_people",
+        "_rest",
         "_router",
         "_session",
         "_sockets",
+        "_visit",
         "is_behind",
         "transport",
     )
 
     transport: WSTransport
+    _visit: Visit
 
     def __init__(
-        self, router: Router, fanout: Fanout, session: Session, clock: Callable[[], int], sockets: Sockets
+        self,
+        router: Router,
+        fanout: Fanout,
+        people: People,
+        session: Session,
+        clock: Callable[[], int],
+        sockets: Sockets,
     ) -> None:
         self._router = router
         self._fanout = fanout
+        self._people = people
         self._session = session
         self._clock = clock
         self._sockets = sockets
         self._fragments: bytearray | None = None
         self._is_closing = False
+        self._rest: asyncio.TimerHandle | None = None
         self._cut: asyncio.TimerHandle | None = None
         self.is_behind = False
 
@@ -254,9 +297,14 @@ class ClientSocket(WSListener):
         # Crossing this calls `pause_writing`, which spares us asking at every message; `resume_writing` comes at a
         # quarter of it.
         transport.underlying_transport.set_write_buffer_limits(high=SOCKET_BEHIND_BYTES)
-        if not self._sockets.add(self):
+        # None if the peer is gone already.
+        peer = transport.underlying_transport.get_extra_info("peername")
+        visit = self._sockets.add(self, peer[0] if peer else "", self._clock())
+        if visit is None:
             self._run(self._session.too_many())
-        elif self._sockets.is_draining:
+            return
+        self._visit = visit
+        if self._sockets.is_draining:
             self.drain()
 
     def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
@@ -270,12 +318,20 @@ class ClientSocket(WSListener):
         elif frame.rsv1 or frame.rsv2 or frame.rsv3:
             self._close(_PROTOCOL_ERROR, "No extension was negotiated.")
         elif kind == WSMsgType.TEXT and frame.fin and self._fragments is None:
-            self._run(self._session.text_received(frame.get_payload_as_bytes(), self._clock()))
+            data, now = frame.get_payload_as_bytes(), self._clock()
+            if retry_after_ms := self._visit.message(now):
+                self._run(self._session.rate_limited(data, retry_after_ms, now))
+            elif self._rest is not None:
+                self._run(self._session.refused(data, BUSY))
+            else:
+                self._run(self._session.text_received(data, now))
         elif kind == WSMsgType.PING:
-            # Not left to picows, so that it counts what is not read of these.
-            transport.send_pong(frame.get_payload_as_bytes())
-            if self.is_behind:
-                self._check_budget()
+            self._count()
+            if not self._is_closing:
+                # Not left to picows, so that it counts what is not read of these.
+                transport.send_pong(frame.get_payload_as_bytes())
+                if self.is_behind:
+                    self._check_budget()
         elif kind == WSMsgType.PONG:
             self._session.activity()
         elif kind == WSMsgType.BINARY:
@@ -285,8 +341,9 @@ class ClientSocket(WSListener):
 
     def on_ws_disconnected(self, transport: WSTransport) -> None:  # noqa: ARG002 (picows's)
         self._leave()
-        if self._cut is not None:
-            self._cut.cancel()
+        for timer in (self._cut, self._rest):
+            if timer is not None:
+                timer.cancel()
 
     def pause_writing(self) -> None:
         """Much is unread. Broadcasts pass this socket over now; answers go out all the while."""
@@ -314,8 +371,30 @@ class ClientSocket(WSListener):
         size: int = self.transport.underlying_transport.get_write_buffer_size()
         return size
 
+    def _send_soon(self, frame: bytes) -> None:
+        """Write a short text message together with all else that this socket is sent in this turn of the loop.
+
+        picows, which would ask the system to send it at once, then puts what follows behind it.
+        """
+        size = len(frame)
+        assert size <= _SHORT_BYTES_MAX
+        if not (self.transport.is_close_frame_sent or self.transport.is_disconnected):
+            header = (
+                bytes((_TEXT_HEADER, size)) if size < _EXTENDED else struct.pack("!BBH", _TEXT_HEADER, _EXTENDED, size)
+            )
+            self.transport.underlying_transport.write(header + frame)
+            if self.is_behind:
+                self._check_budget()
+
+    def _count(self) -> None:
+        """Count a frame that is no message by itself, and is taken however many there are, until this is closed."""
+        now = self._clock()
+        if self._visit.message(now):
+            self._run(self._session.over_rate(now))
+
     def _fragment(self, frame: WSFrame) -> None:
         """Take a piece of a message in several frames (RFC 6455, section 5.4)."""
+        self._count()
         is_first = frame.msg_type == WSMsgType.TEXT
         if is_first != (self._fragments is None):
             self._close(_PROTOCOL_ERROR, "A fragment is out of place.")
@@ -336,23 +415,55 @@ class ClientSocket(WSListener):
             match intent:
                 case Send():
                     self.send(intent.data)
+                case Refuse():
+                    self._send_soon(intent.data)
                 case Submit():
-                    self._router.submit(intent.payload, partial(self._answered, intent.pending))
+                    self._submit(intent)
                 case Subscribe():
                     on_subscribed = partial(self._subscribed, intent.pending)
                     self._fanout.subscribe(intent.topic, intent.viewer, intent.since, self, on_subscribed)
                 case Unsubscribe():
                     self._fanout.unsubscribe(intent.topic, self)
+                case FollowUser():
+                    self._people.follow(intent.user, self, partial(self._subscribed, intent.pending))
+                case UnfollowUser():
+                    self._people.drop(self)
                 case Ping():
                     self.transport.send_ping()
                 case Close():
                     self._close(intent.code, intent.reason)
 
+    def _submit(self, intent: Submit) -> None:
+        if retry_after_ms := self._visit.bid(intent.payload.bidder, self._clock):
+            self._answered(intent.pending, rate_limited(retry_after_ms))
+        else:
+            self._router.submit(intent.payload, partial(self._answered, intent.pending))
+
     def _answered(self, pending: PendingBid, answer: Answer) -> None:
         if not self._is_closing:
             self._run(self._session.answered(pending, answer))
+            if isinstance(answer, Rejection) and answer.code == "busy":
+                self._let_rest()
 
-    def _subscribed(self, pending: PendingSubscription, answer: Subscribed | Rejection) -> None:
+    def _let_rest(self) -> None:
+        """Read no further for a moment, and take nothing of what was read: too much is going on behind.
+
+        What comes meanwhile is then read, and refused, at once, at a fraction of the price: what the refusals do not
+        cost is there for the bids that are taken. Not all wake at the same time.
+        """
+        transport = self.transport.underlying_transport
+        if self._rest is None and not transport.is_closing():
+            transport.pause_reading()
+            rest_ms = uniform(0.5, 1.5) * BUSY_REST_MS  # noqa: S311 (nothing secret)
+            self._rest = asyncio.get_running_loop().call_later(rest_ms / SECOND_MS, self._wake)
+
+    def _wake(self) -> None:
+        self._rest = None
+        transport = self.transport.underlying_transport
+        if not transport.is_closing():
+            transport.resume_reading()
+
+    def _subscribed(self, pending: PendingSubscription, answer: Subscribed | list[Standing] | Rejection) -> None:
         if not self._is_closing:
             self._run(self._session.subscribed(pending, answer))
 
@@ -374,6 +485,7 @@ class ClientSocket(WSListener):
             self._is_closing = True
             self._sockets.discard(self)
             self._fanout.drop(self)
+            self._people.drop(self)
 
 
 class _LiveProtocol(WSProtocol):  # type: ignore[misc]  # Any, as far as the stub goes.

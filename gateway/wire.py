@@ -12,8 +12,10 @@ from uuid import UUID
 import msgspec
 from msgspec import Meta, Raw, Struct
 
-from actors.messages import BidAccepted, You
+from actors.messages import BidAccepted, Noticed, You
+from engine.auction import Status
 from engine.commands import Role
+from engine.events import Outcome
 from engine.limits import (
     AMOUNT_MAX,
     FRAME_BYTES_MAX,
@@ -24,10 +26,12 @@ from engine.limits import (
     SUBSCRIPTIONS_MAX,
     TOKEN_LENGTH_MAX,
 )
+from engine.notices import NoticeKind
 from engine.rejections import Rejection
 from gateway.tokens import Identity
 
-_TOPIC_PATTERN: Final = r"^auction:[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\Z"
+_TOPIC_PATTERN: Final = r"^(me|auction:[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12})\Z"
+_ME: Final = "me"
 
 Integer = Annotated[int, Meta(ge=-INTEGER_MAX, le=INTEGER_MAX)]
 Ref = Integer | Annotated[str, Meta(max_length=REF_LENGTH_MAX)] | None
@@ -138,15 +142,29 @@ def decode(data: bytes) -> Message:
     return message
 
 
-def topic_auction(topic: Topic) -> UUID:
-    """The auction that a topic is about."""
-    return UUID(topic.removeprefix("auction:"))
+def ref_of(data: bytes) -> Ref:
+    """What a client calls a message that is not read otherwise; None where that cannot be told."""
+    try:
+        return _decode_only_ref(data).ref
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
 
 
-def topic_name(auction: UUID) -> str:
-    """The topic of an auction, as clients call it."""
-    return f"auction:{auction}"
+def topic_auction(topic: Topic) -> UUID | None:
+    """The auction that a topic is about; None for `me`, which is about the user."""
+    return None if topic == _ME else UUID(topic.removeprefix("auction:"))
 
+
+def topic_name(auction: UUID | None) -> str:
+    """The topic of an auction, or of the user (None), as clients call it."""
+    return _ME if auction is None else f"auction:{auction}"
+
+
+class _OnlyRef(Struct, frozen=True):
+    ref: Ref = None
+
+
+_decode_only_ref: Final[Callable[[bytes], _OnlyRef]] = msgspec.json.Decoder(_OnlyRef).decode
 
 # Saying what is wrong
 
@@ -168,7 +186,7 @@ EXPECTED: Final = {
     "op": "a string",
     "ref": f"an integer or a string of up to {REF_LENGTH_MAX} characters",
     "token": f"a string of up to {TOKEN_LENGTH_MAX} characters",
-    "topic": "`auction:` and a UUID; other topics are not known here",
+    "topic": "`me`, or `auction:` and a UUID; other topics are not known here",
     "since": f"{_AN_INTEGER}, and not negative",
     "auction": "a UUID",
     "bid_id": "a UUID",
@@ -295,6 +313,36 @@ class _Subscribed(_Frame, frozen=True, kw_only=True, tag="subscribed"):
     you: You | None = None
 
 
+class Standing(Struct, frozen=True, kw_only=True):
+    """How a user stands in one of its auctions."""
+
+    auction: UUID
+    paddle: int
+    max_amount: int
+    is_leading: bool
+    status: Status
+
+
+class _Standings(_Frame, frozen=True, kw_only=True, tag="subscribed"):
+    ref: Ref
+    topic: str
+    standings: list[Standing]
+
+
+class _Notice(_Frame, frozen=True, kw_only=True, tag="notice"):
+    topic: str
+    kind: NoticeKind
+    auction: UUID
+    seq: int
+    at: int
+    price: int
+    paddle: int
+    max_amount: int
+    minimum: int
+    end_time: int
+    outcome: Outcome | None = None
+
+
 class _Unsubscribed(_Frame, frozen=True, kw_only=True, tag="unsubscribed"):
     ref: Ref
     topic: str
@@ -400,7 +448,31 @@ def encode_subscribed(ref: Ref, auction: UUID, answer: Subscribed) -> bytes:
     )
 
 
-def encode_unsubscribed(ref: Ref, auction: UUID) -> bytes:
+def encode_standings(ref: Ref, standings: list[Standing]) -> bytes:
+    """From here on the user's notices follow."""
+    return _encode(_Standings(ref=ref, topic=_ME, standings=standings))
+
+
+def encode_notice(noticed: Noticed) -> bytes:
+    """What concerns one user alone: the auction, and how the user stands in it, right after the event `seq`."""
+    return _encode(
+        _Notice(
+            topic=_ME,
+            kind=noticed.kind,
+            auction=noticed.auction,
+            seq=noticed.seq,
+            at=noticed.at,
+            price=noticed.price,
+            paddle=noticed.you.paddle,
+            max_amount=noticed.you.max_amount,
+            minimum=noticed.minimum,
+            end_time=noticed.end_time,
+            outcome=noticed.outcome,
+        )
+    )
+
+
+def encode_unsubscribed(ref: Ref, auction: UUID | None) -> bytes:
     """From here on no events of the topic follow."""
     return _encode(_Unsubscribed(ref=ref, topic=topic_name(auction)))
 

@@ -15,7 +15,7 @@ COMMANDS: Final = {
     "watch": "Follow an auction in the terminal.",
     "replay": "Play a recorded bid history against an engine.",
     "verify": "Check the journal: order, hash chains, decisions.",
-    "bench": "Measure how many bids an engine takes.",
+    "bench": "Measure the engine beside its peers, and write a report.",
     "simulate": "Run the engine on simulated time and faults, and judge it.",
 }
 INTERRUPTED: Final = 130
@@ -71,7 +71,7 @@ def _end(sentence: str, code: int) -> NoReturn:
 Examples:
   gavel up --demo
   gavel watch 5f0c3f5e-8a53-4c0a-9d53-1f6f1a2b3c4d
-  gavel bench bids""",
+  gavel bench""",
 )
 @click.version_option(package_name="gavel")
 def main() -> None:

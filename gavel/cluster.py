@@ -18,6 +18,7 @@ from typing import Any, Final
 import psutil
 
 from actors.bootstrap import Place
+from engine.limits import MEBIBYTE
 from gavel.errors import CommandError
 from gavel.settings import Settings
 from gavel.supervision import LOOK_S, PAUSE_S, Say, is_alive, is_done_before, persist
@@ -150,7 +151,15 @@ class Cluster:
         from actors import shard_actor
         from gateway import gateway_actor
 
-        door = gateway_actor.Door(host=self._settings.host, port=self._port, public_key=self._public_key)
+        memory_mb = self._settings.gateway_memory_mb
+        door = gateway_actor.Door(
+            host=self._settings.host,
+            port=self._port,
+            public_key=self._public_key,
+            raised_addresses=self._settings.raised_addresses,
+            memory_bytes_max=None if memory_mb is None else memory_mb * MEBIBYTE,
+            gateways=self._settings.gateways,
+        )
         self._shards = [shard_actor.create(self._place, number) for number in range(self._settings.shards)]
         self._gateways = [gateway_actor.create(self._place, door, number) for number in range(self._settings.gateways)]
 

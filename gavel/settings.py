@@ -12,6 +12,8 @@ import platformdirs
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from engine.limits import RAISED_ADDRESSES
+from gateway.rates import networks
 from gavel.errors import CommandError
 
 PREFIX: Final = "GAVEL_"
@@ -55,6 +57,14 @@ def _database_url(value: str) -> str:
     return value
 
 
+def _addresses(value: str) -> str:
+    try:
+        networks(value)
+    except ValueError:
+        raise ValueError("is not a list of addresses") from None
+    return value
+
+
 def _folder(value: Path) -> Path:
     folder = value.expanduser().absolute()
     if folder.exists() and not folder.is_dir():
@@ -88,6 +98,16 @@ class Settings(BaseSettings):
     secret: Annotated[SecretStr, Field(min_length=16, max_length=1_000)] | None = Field(
         None, description="the cluster's secret; without it one is made in the data folder"
     )
+    raised_addresses: Annotated[str, Field(max_length=10_000), AfterValidator(_addresses)] = Field(
+        RAISED_ADDRESSES, description="addresses and networks whose clients have no rate limits, separated by commas"
+    )
+    gateway_memory_mb: int | None = Field(
+        None,
+        ge=1,
+        le=1_000_000,
+        description="the MiB of memory over which a gateway lets nobody in; "
+        "without it the gateways share half of the machine's",
+    )
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = Field(
         "info", description="what is logged: debug, info, warning or error"
     )
@@ -108,6 +128,8 @@ _RIGHT: Final = {
     "shards": "a whole number from 1 to 64",
     "gateways": "a whole number from 1 to 16",
     "secret": "16 to 1000 characters long",
+    "raised_addresses": "like 10.0.0.0/8,192.0.2.7,::1",
+    "gateway_memory_mb": "a whole number from 1 to 1000000",
     "log_level": "debug, info, warning or error",
 }
 assert _RIGHT.keys() == Settings.model_fields.keys()

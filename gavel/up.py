@@ -19,6 +19,8 @@ import migrations
 from actors.bootstrap import Place
 from actors.database import ERRORS
 from actors.directory import Directory
+from engine.limits import FILES_RESERVED, SOCKETS_MAX
+from gateway.room import raise_file_limit, sockets_for
 from gavel.cluster import Cluster
 from gavel.errors import CommandError
 from gavel.keys import KeyPair, ensure_keys, ensure_secret, secret_path
@@ -76,6 +78,7 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack, stop: asy
     log_dir = stack.enter_context(_data_folder(settings.data_dir))
     output = stack.enter_context(_output_of_our_own(log_dir))
     port = stack.enter_context(_reserved_port(settings.host, settings.port))
+    _say_how_many_sockets()
     keys = ensure_keys(settings.data_dir)
     _provide_secret(settings)
     database_url = settings.database_url
@@ -94,6 +97,17 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack, stop: asy
     if is_demo:
         await stack.enter_async_context(_demo(url, keys))
     _say(f"press Ctrl-C to stop; the description of the API is at {url}/docs")
+
+
+def _say_how_many_sockets() -> None:
+    """Take all the files that we may have, which gateways inherit, and say so if it is few of them."""
+    files = raise_file_limit()
+    sockets = sockets_for(files)
+    if sockets < SOCKETS_MAX:
+        _say(
+            f"a gateway has room for {sockets:,} sockets, since a process may open {files:,} files here; "
+            f"`ulimit -n {SOCKETS_MAX + FILES_RESERVED}` before the start makes room for {SOCKETS_MAX:,}"
+        )
 
 
 def _provide_secret(settings: Settings) -> None:

@@ -16,7 +16,7 @@ import uvloop
 from tests.support.postgres import TABLES, running_postgres
 
 TESTS = Path(__file__).parent
-UNIT_SUITES = frozenset({"actors", "engine", "gateway", "gavel"})
+UNIT_SUITES = frozenset({"actors", "engine", "gateway", "gavel", "loadtests"})
 
 # A failing example is printed as a line that repeats it. No deadlines: a slow machine is not a bug.
 hypothesis.settings.register_profile("ci", print_blob=True, deadline=None, derandomize=False)

@@ -45,6 +45,7 @@ from gateway.api.envelope import (
 )
 from gateway.api.values import Amount, Currency, ExactRoute, Moment, MoneyOut, Seconds, Time
 from gateway.catalogue.auctions import ListedAuction, list_auctions, list_bids
+from gateway.rates import rate_limited
 
 router = APIRouter(prefix="/auctions", tags=["auctions"], route_class=ExactRoute)
 
@@ -287,6 +288,9 @@ async def place_bid(
     """Place a bid. It counts once this has answered with 201, and no earlier."""
     if (body.bid_amount is None) == (body.max_bid_amount is None):
         raise Invalid("bid_amount", "A bid names either `bid_amount` or `max_bid_amount`.")
+    address = "" if request.client is None else request.client.host
+    if retry_after_ms := edge.rates.bid(address, caller.user, edge.clock()):
+        raise Refused(rate_limited(retry_after_ms))
     currency = body.currency
     if currency is None:
         currency = (await _ask(edge, GetAuction(auction_id, None))).snapshot.currency

@@ -16,6 +16,7 @@ from actors.messages import Answer, Payload
 from engine.commands import Role
 from engine.rejections import Rejection
 from gateway.api.envelope import Refused
+from gateway.rates import Rates
 from gateway.tokens import TokenInvalid
 
 HEALTHY = "healthy"
@@ -54,6 +55,8 @@ class Edge:
     """For reading only: what changes an auction goes through its shard."""
     clock: Callable[[], int]
     """Milliseconds since the epoch, UTC."""
+    rates: Rates
+    """Shared with the sockets: a user's bids count wherever they come in."""
     health: Callable[[], Awaitable[dict[str, str]]]
     """The state of each part by its name, `healthy` where it is well."""
 

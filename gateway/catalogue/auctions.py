@@ -14,6 +14,7 @@ import asyncpg
 from actors.database import ERRORS, is_passing
 from engine.auction import Status
 from engine.events import BidPlaced, decode
+from engine.limits import STANDINGS_MAX, STANDINGS_MS
 from gateway.catalogue import CatalogueUnavailable
 
 TIMEOUT_S: Final = 2.0
@@ -54,6 +55,14 @@ _BIDS: Final = """
     WHERE entity_id = $1 AND seq <= $2 AND kind = 'bid_placed'
     ORDER BY seq DESC LIMIT $3 OFFSET $4
 """
+
+# A user's by the primary key of `bidders`; those that are open first, then the newest.
+_JOINED: Final = f"""
+    SELECT entity_id FROM bidders JOIN entities USING (entity_id)
+    WHERE user_id = $1
+    AND (ended_at IS NULL OR ended_at > (extract(epoch FROM clock_timestamp()) * 1000)::bigint - {STANDINGS_MS})
+    ORDER BY ended_at IS NOT NULL, -created_at LIMIT {STANDINGS_MAX}
+"""  # noqa: S608 (constants)
 
 
 async def list_auctions(
@@ -101,6 +110,12 @@ async def list_bids(pool: asyncpg.Pool, auction: UUID, *, up_to: int, offset: in
         assert isinstance(event, BidPlaced), "the query asks for these alone"
         bids.append(PlacedBid(row["seq"], row["at"], event.paddle, event.price, event.leader))
     return bids
+
+
+async def list_joined(pool: asyncpg.Pool, user: UUID) -> list[UUID]:
+    """The auctions in which a user bids, and those that are over since not long ago. Raises `CatalogueUnavailable`."""
+    async with _reading(pool) as connection:
+        return [auction for (auction,) in await connection.fetch(_JOINED, user)]
 
 
 @asynccontextmanager

@@ -19,10 +19,13 @@ from actors.messages import (
     AuctionView,
     Batch,
     BidAccepted,
+    Follow,
+    Followed,
     GatewayFrame,
     GetAuction,
     Greeting,
     Message,
+    Noticed,
     Output,
     Presence,
     Proof,
@@ -30,6 +33,7 @@ from actors.messages import (
     Recall,
     Request,
     ShardFrame,
+    Unfollow,
     Unsubscribe,
     Viewers,
     Watch,
@@ -70,6 +74,7 @@ FROM_GATEWAYS: Final = [
     Batch([]),
     Batch([Request(1, GetAuction(AUCTION, None)), Request(2, Unsubscribe(AUCTION)), Request(3, Viewers(AUCTION, 7))]),
     Batch([Request(3, bid(ANNA, 1_000)), Request(4, bid(ANNA, up_to=2_000)), Request(5, opening(reserve_price=1))]),
+    Batch([Request(10, Follow([ANNA, MAKER])), Request(11, Unfollow([ANNA]))]),
     Batch([Request(6, Watch(AUCTION, 3, [ANNA])), Request(7, Recall(AUCTION, b"command", ANNA))]),
     Batch(
         [
@@ -78,13 +83,27 @@ FROM_GATEWAYS: Final = [
         ]
     ),
 ]
+NOTICED: Final = Noticed(
+    user=ANNA,
+    auction=AUCTION,
+    kind="won",
+    seq=9,
+    at=NOW,
+    price=100,
+    minimum=105,
+    end_time=NOW,
+    status="ended",
+    outcome="sold",
+    you=You(1, 100, is_leading=True),
+)
 FROM_SHARDS: Final = [
     Greeting(VERSION, NUMBER, EPOCH, UUID(int=1), bytes(32)),
     Welcome(MAC),
     Output([]),
     Output([Answered(1, BidAccepted(7, bytes(32), NOW, "leading", 100, 3, 900, 105, NOW + 1)), Answered(2, BUSY)]),
     Output([Answered(3, Watched(AUCTION, 5, b"{}", 5, b'{"seq":5}', [None, You(1, 100, is_leading=True)]))]),
-    Output([Answered(4, AuctionView(5, SNAPSHOT, None, MAKER, 100, NOW)), Answered(5, Rejection("ended", "é"))]),
+    Output([Answered(4, AuctionView(5, SNAPSHOT, None, MAKER, 100, NOW, NOW)), Answered(5, Rejection("ended", "é"))]),
+    Output([Answered(6, Followed()), NOTICED]),
     Output([Published(AUCTION, 6, 7, b'{"seq":6},{"seq":7}', b'{"seq":7}', b"{}"), Presence(AUCTION, 7)]),
     Output([Published(AUCTION, 8, 9, None, b"", b"{}")]),
 ]
@@ -278,7 +297,7 @@ def test_a_gateway_takes_whatever_comes(randomness: random.Random, faults: list[
     def take(messages: list[Message]) -> None:
         nonlocal taken
         assert is_open, "answers came from who has not proved anything"
-        assert all(type(message) in {Answered, Published, Presence} for message in messages)
+        assert all(type(message) in {Answered, Noticed, Published, Presence} for message in messages)
         taken += 1
 
     def talk(frames: int) -> int:

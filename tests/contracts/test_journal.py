@@ -5,6 +5,7 @@ Tests that are named for Postgres need the real server.
 
 import asyncio
 import hashlib
+import importlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
@@ -43,7 +44,7 @@ from tests.support.postgres import wait_for_lock, wait_until_idle
 from tests.support.waiting import until, until_true
 
 A, B = UUID(int=10), UUID(int=11)
-MAKER = UUID(int=1)
+MAKER, ANNA, BEN = UUID(int=1), UUID(int=2), UUID(int=3)
 NOW = 1_700_000_000_000
 
 
@@ -77,6 +78,14 @@ class Store(ABC):
     @abstractmethod
     async def private(self, entity_id: UUID) -> list[tuple[int, bytes]]:
         """The private parts of an entity."""
+
+    @abstractmethod
+    async def bidders(self) -> set[tuple[UUID, UUID]]:
+        """Each user with each entity in which it bids."""
+
+    @abstractmethod
+    async def ended_at(self, entity_id: UUID) -> int | None:
+        """When an entity was over."""
 
     @abstractmethod
     async def erase(self, entity_id: UUID) -> None:
@@ -119,6 +128,12 @@ class Memory(Store):
 
     async def private(self, entity_id: UUID) -> list[tuple[int, bytes]]:
         return [(seq, part.body) for (entity, seq), part in self.store.private.items() if entity == entity_id]
+
+    async def bidders(self) -> set[tuple[UUID, UUID]]:
+        return self.store.bidders
+
+    async def ended_at(self, entity_id: UUID) -> int | None:
+        return self.store.entities[entity_id].ended_at
 
     async def erase(self, entity_id: UUID) -> None:
         self.store.private = {key: part for key, part in self.store.private.items() if key[0] != entity_id}
@@ -197,6 +212,13 @@ class Postgres(Store):
     async def private(self, entity_id: UUID) -> list[tuple[int, bytes]]:
         rows = await self.pool.fetch("SELECT seq, body FROM private WHERE entity_id = $1 ORDER BY seq", entity_id)
         return [(row["seq"], row["body"]) for row in rows]
+
+    async def bidders(self) -> set[tuple[UUID, UUID]]:
+        return {(user, entity) for user, entity in await self.pool.fetch("SELECT user_id, entity_id FROM bidders")}
+
+    async def ended_at(self, entity_id: UUID) -> int | None:
+        found: int | None = await self.pool.fetchval("SELECT ended_at FROM entities WHERE entity_id = $1", entity_id)
+        return found
 
     async def erase(self, entity_id: UUID) -> None:
         await self.pool.execute("DELETE FROM private WHERE entity_id = $1", entity_id)
@@ -297,6 +319,34 @@ async def test_a_number_that_exists_is_refused_and_nothing_of_that_append_is_sto
     assert await journal.load(B, 1) == (None, [], [])
     assert [entity for entity, _ in await journal.deadlines()] in ([A], [])
     await journal.append([event(3)], [])
+
+
+async def test_who_bids_where_is_noted_with_the_first_bid(store: Store) -> None:
+    journal = await store.incarnation()
+    await journal.append([event(1), event(2)._replace(joined=ANNA)], [indexed()])
+    # Also where nothing else needs the longer statement, several at once, and for who is noted already.
+    await journal.append([event(3)._replace(joined=BEN), event(1, B)._replace(joined=ANNA)], [])
+    await journal.append([event(4)._replace(joined=ANNA)], [])
+    assert await store.bidders() == {(ANNA, A), (BEN, A), (ANNA, B)}
+    assert [row.joined for row in (await journal.load(A, 1)).rows] == [None] * 4
+    await store.take_over()
+    with pytest.raises(Unsettled):
+        await journal.append([event(5)._replace(joined=MAKER)], [])
+    assert len(await store.bidders()) == 3
+
+
+async def test_what_is_settled_notes_who_bids(store: Store) -> None:
+    journal = await store.incarnation()
+    await journal.settle([event(1)._replace(joined=ANNA)], [indexed()], None)
+    assert await store.bidders() == {(ANNA, A)}
+
+
+async def test_an_entity_says_since_when_it_is_over(store: Store) -> None:
+    journal = await store.incarnation()
+    await journal.append([event(1)], [indexed()])
+    assert await store.ended_at(A) is None
+    await journal.append([event(2)], [indexed(status="ended", due_at=None)._replace(ended_at=NOW)])
+    assert await store.ended_at(A) == NOW
 
 
 async def test_large_appends_are_one(journal: Journal) -> None:
@@ -1101,6 +1151,20 @@ async def test_postgres_that_is_broken_is_not_unreadable(postgres: Postgres) -> 
     finally:
         await postgres.pool.execute("ALTER TABLE hidden RENAME TO journal")
         await postgres.pool.execute("ALTER TABLE hidden_too RENAME TO entities")
+
+
+async def test_postgres_knows_who_bid_before_that_was_noted(postgres: Postgres) -> None:
+    """The step of the schema that brings the table fills it from the journal."""
+    journal = await postgres.incarnation()
+    bids = [event(seq, command_id=user.bytes + uuid4().bytes) for seq, user in ((2, ANNA), (3, BEN), (4, ANNA))]
+    opened = event(1, command_id=b"open" + MAKER.bytes + uuid4().bytes)
+    await journal.append([opened, *bids, event(5)], [indexed(status="ended", due_at=None), indexed(B)])
+    step = importlib.import_module("migrations.versions.0003_bidders")
+    for statement in step._CHANGES.split(";\n"):
+        if statement.strip().startswith(("INSERT", "UPDATE")):
+            await postgres.pool.execute(statement)
+    assert await postgres.bidders() == {(ANNA, A), (BEN, A)}
+    assert (await postgres.ended_at(A), await postgres.ended_at(B)) == (NOW + 5, None)
 
 
 async def columns_of(pool: asyncpg.Pool, table: str) -> tuple[tuple[str, ...], dict[str, Any]]:

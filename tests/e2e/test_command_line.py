@@ -222,7 +222,8 @@ async def _running(engine: Engine, *arguments: str) -> AsyncIterator[asyncio.sub
     try:
         yield process
     finally:
-        process.send_signal(signal.SIGINT)
+        # Not by SIGINT, which a process started in the background of a script ignores.
+        process.terminate()
         await process.communicate()
 
 

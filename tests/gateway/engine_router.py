@@ -15,6 +15,7 @@ from engine.auction import decide, due_at
 from engine.commands import ExecuteDue, OpenAuction, PlaceBid, Role
 from engine.rejections import Rejection
 from gateway.app import Edge, Verifier, create_app
+from gateway.rates import Rates
 from gateway.tokens import TokenInvalid
 
 MAKER = UUID("11111111-1111-4111-8111-111111111111")
@@ -106,6 +107,7 @@ class World:
     """The API of one test, its clock, and what stands behind it."""
 
     now: int = NOW
+    rates: Rates = field(default_factory=Rates)
     health: dict[str, str] = field(default_factory=lambda: {"postgres": "healthy", "shards": "healthy"})
 
     def start(
@@ -116,7 +118,7 @@ class World:
         async def health() -> dict[str, str]:
             return self.health
 
-        edge = Edge(self.router, verifier or Tokens(), cast(asyncpg.Pool, pool), lambda: self.now, health)
+        edge = Edge(self.router, verifier or Tokens(), cast(asyncpg.Pool, pool), lambda: self.now, self.rates, health)
         transport = httpx.ASGITransport(create_app(edge))
         return httpx.AsyncClient(transport=transport, base_url="http://gavel", headers={"accept": "application/json"})
 

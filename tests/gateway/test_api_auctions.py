@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from actors.messages import GetAuction
 from engine.commands import OpenAuction, PlaceBid, SoftClose
 from engine.increments import EBAY_US, Step, flat
+from engine.limits import USER_BIDS_RATE
 from engine.rejections import Rejection
 from gateway.api.auctions import AuctionToOpen
+from gateway.rates import Rates
 from gateway.tokens import Verifier, issue, make_key_pair
 from tests.gateway.engine_router import MAKER, NOW, World, as_user, auction_to_open
 
@@ -339,6 +341,20 @@ async def test_a_shard_that_is_busy_says_when_to_come_back(world: World, client:
         "details": [],
         "retry_after_ms": 1_250,
     }
+
+
+async def test_a_user_who_bids_too_often_is_told_when_to_come_back() -> None:
+    world = World(rates=Rates(()))
+    client = world.start()
+    auction = await opened(client)
+    for _ in range(USER_BIDS_RATE.burst):
+        await bid(client, auction, "anna", bid_amount=1, currency="USD")
+    response = await bid(client, auction, "anna", bid_amount=10, currency="USD")
+    assert (response.status_code, response.headers["retry-after"]) == (429, "1")
+    assert (response.json()["error"]["code"], response.json()["error"]["retry_after_ms"]) == ("RATE_LIMITED", 100)
+    assert (await bid(client, auction, "ben", bid_amount=10, currency="USD")).status_code == 201
+    world.now += 100
+    assert (await bid(client, auction, "anna", bid_amount=20, currency="USD")).status_code == 201
 
 
 # Ending

@@ -31,19 +31,22 @@ from engine.limits import (
 from engine.rejections import BUSY, INTERNAL, NOT_FOUND, OUTCOME_UNKNOWN, UNAVAILABLE, Rejection
 from gateway.session import (
     Close,
+    FollowUser,
     Intent,
     PendingBid,
     PendingSubscription,
     Ping,
+    Refuse,
     Send,
     Session,
     Submit,
     Subscribe,
+    UnfollowUser,
     Unsubscribe,
 )
 from gateway.socket import HttpProtocol, Sink, Sockets, make_protocol
 from gateway.tokens import Verifier, issue, make_key_pair
-from gateway.wire import Subscribed
+from gateway.wire import Standing, Subscribed
 from tests.gateway.test_wire import SNAPSHOT
 from tests.support.fuzz import (
     BINARY,
@@ -82,7 +85,7 @@ FIELDS_BY_TYPE: Final[dict[str, tuple[set[str], set[str]]]] = {
         set(),
     ),
     "time": ({"ref", "t0", "t1", "t2"}, set()),
-    "subscribed": ({"ref", "topic", "seq", "recovered"}, {"events", "snapshot", "you"}),
+    "subscribed": ({"ref", "topic"}, {"seq", "recovered", "events", "snapshot", "you", "standings"}),
     "unsubscribed": ({"ref", "topic"}, set()),
     "ack": (
         {"ref", "seq", "hash", "auction", "bid_id", "outcome", "price", "paddle", "max_amount", "minimum", "end_time"},
@@ -110,7 +113,7 @@ CLOSE_CODES: Final = {4000, 4001, 4002, 4500, 4501, 4502}
 ANSWERS_BY_OP: Final = {
     "hello": {"welcome", "error"},
     "time": {"time", "error"},
-    "subscribe": {"error"},
+    "subscribe": {"rejected", "error"},
     "unsubscribe": {"unsubscribed", "error"},
     "bid": {"rejected", "error"},
     "ping": {"pong", "error"},
@@ -157,7 +160,9 @@ def read_frame(data: bytes) -> dict[str, Any]:
             assert frame["code"] in REJECTION_CODES
             assert frame["message"]
         case "subscribed":
-            assert ("events" in frame, "snapshot" in frame) == (frame["recovered"], not frame["recovered"])
+            is_me = frame["topic"] == "me"
+            is_told = "standings" in frame, "events" in frame, "snapshot" in frame
+            assert is_told == (is_me, frame.get("recovered") is True, frame.get("recovered") is False)
     return frame
 
 
@@ -181,13 +186,19 @@ VERDICTS: Final[list[Answer]] = [
     BUSY,
     INTERNAL,
     OUTCOME_UNKNOWN,
-    AuctionView(1, SNAPSHOT, None, ANNA, None, None),
+    AuctionView(1, SNAPSHOT, None, ANNA, None, None, NOW),
 ]
 SUBSCRIPTION_ANSWERS: Final[list[Subscribed | Rejection]] = [
     Subscribed(5, b"", None, None),
     Subscribed(5, b'{"seq":5,"kind":"private"}', None, You(1, 100, is_leading=True)),
     Subscribed(5, None, msgspec.json.encode(SNAPSHOT), None),
     NOT_FOUND,
+    UNAVAILABLE,
+]
+
+FOLLOWING_ANSWERS: Final[list[list[Standing] | Rejection]] = [
+    [],
+    [Standing(auction=SNAPSHOT.auction, paddle=1, max_amount=100, is_leading=True, status="active")],
     UNAVAILABLE,
 ]
 
@@ -270,6 +281,10 @@ class Conversation:
                 assert since == asked.get("since"), asked
                 assert since is None or (is_integer(since) and since >= 0), asked
                 return pending.ref
+            case [FollowUser(user=user, pending=pending)]:
+                assert (op, asked["topic"]) == ("subscribe", "me"), asked
+                assert user in {ANNA, BEN}
+                return pending.ref
             case _:
                 expected = ANSWERS_BY_OP.get(op, {"error"}) if isinstance(op, str) else {"error"}
                 assert frames[-1]["type"] in expected, asked
@@ -300,7 +315,8 @@ class Conversation:
             assert was_closed or [frame.get("ref") for frame in frames] == [pending.ref]
         if self._subscriptions:
             subscription = self._subscriptions.pop(index)
-            frames = self._check(self.session.subscribed(subscription, self._randomness.choice(SUBSCRIPTION_ANSWERS)))
+            answers = FOLLOWING_ANSWERS if subscription.auction is None else SUBSCRIPTION_ANSWERS
+            frames = self._check(self.session.subscribed(subscription, self._randomness.choice(answers)))
             is_for_nobody = self.session.is_closed or subscription.is_cancelled
             assert [frame.get("ref") for frame in frames] == ([] if is_for_nobody else [subscription.ref])
 
@@ -309,7 +325,7 @@ class Conversation:
         frames = []
         for index, intent in enumerate(intents):
             match intent:
-                case Send():
+                case Send() | Refuse():
                     frames.append(read_frame(intent.data))
                 case Close():
                     assert intent.code in CLOSE_CODES
@@ -317,9 +333,9 @@ class Conversation:
                     assert self.session.is_closed
                 case Submit():
                     self._bids.append(intent.pending)
-                case Subscribe():
+                case Subscribe() | FollowUser():
                     self._subscriptions.append(intent.pending)
-                case Ping() | Unsubscribe():
+                case Ping() | Unsubscribe() | UnfollowUser():
                     pass
         return frames
 
@@ -386,7 +402,8 @@ class Wire(asyncio.Transport):
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         # Asked for a TLS object picows writes through its transport, not past it into the socket.
-        return {"socket": Socket(), "ssl_object": self}.get(name, default)
+        # From here as much is taken as comes.
+        return {"socket": Socket(), "ssl_object": self, "peername": ("127.0.0.1", 1)}.get(name, default)
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         self._protocol = protocol
@@ -442,7 +459,7 @@ class Socket:
 
 
 class Behind:
-    """Router and fan-out in one: answers at once, later or never."""
+    """Router, fan-out and notices in one: answers at once, later or never."""
 
     wire: Wire
     """From which whatever is asked comes."""
@@ -470,6 +487,9 @@ class Behind:
 
     def catch_up(self, sink: Sink, /) -> None:
         pass
+
+    def follow(self, user: UUID, sink: Sink, on_subscribed: Callable[[list[Standing] | Rejection], None], /) -> None:
+        self._answer(lambda: on_subscribed(self._randomness.choice(FOLLOWING_ANSWERS)))
 
     def drop(self, sink: Sink, /) -> None:
         pass
@@ -502,7 +522,7 @@ class Gateway:
         self.behind = Behind(randomness)
         self._state = ServerState()
         self.connections = self._state.connections
-        protocol = make_protocol(self.behind, self.behind, VERIFY, lambda: NOW, self.sockets)
+        protocol = make_protocol(self.behind, self.behind, self.behind, VERIFY, lambda: NOW, self.sockets)
         self._config = uvicorn.Config(_app, ws=protocol, lifespan="off", log_config=None, http=HttpProtocol)
         self._config.load()
 

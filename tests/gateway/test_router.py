@@ -7,7 +7,7 @@ from uuid import UUID, uuid4
 
 from actors.directory import slot_of
 from actors.link import Link
-from actors.messages import Answer, GetAuction, Payload
+from actors.messages import Answer, Follow, Followed, GetAuction, Payload, Unfollow
 from engine.limits import SLOTS
 from engine.rejections import Rejection
 from gateway.router import Router
@@ -17,7 +17,7 @@ ANSWER = Rejection("not_found", "There is no such auction.")
 
 class FakeLink:
     def __init__(self) -> None:
-        self.submitted: list[tuple[Payload, Callable[[Answer], None]]] = []
+        self.submitted: list[tuple[Payload | Follow | Unfollow, Callable[[Answer], None]]] = []
         self.opening = asyncio.Event()
         self.is_closed = False
 
@@ -25,7 +25,7 @@ class FakeLink:
     def is_open(self) -> bool:
         return self.opening.is_set()
 
-    def submit(self, payload: Payload, on_answer: Callable[[Answer], None]) -> None:
+    def submit(self, payload: Payload | Follow | Unfollow, on_answer: Callable[[Answer], None]) -> None:
         self.submitted.append((payload, on_answer))
 
     async def opened(self) -> None:
@@ -60,6 +60,21 @@ async def test_asking_waits_for_the_answer() -> None:
     ((_, on_answer),) = links[0].submitted
     on_answer(ANSWER)
     assert await asking == ANSWER
+
+
+async def test_what_is_about_no_auction_goes_to_one_shard() -> None:
+    router, links = make_router()
+    assert list(router.shards) == [0, 1, 2]
+    asking = asyncio.create_task(router.ask_shard(1, Follow([UUID(int=1)])))
+    await asyncio.sleep(0)
+    router.submit_to(2, Unfollow([UUID(int=1)]), lambda _: None)
+    assert [[payload for payload, _ in link.submitted] for link in links] == [
+        [],
+        [Follow([UUID(int=1)])],
+        [Unfollow([UUID(int=1)])],
+    ]
+    links[1].submitted[0][1](Followed())
+    assert await asking == Followed()
 
 
 async def test_an_answer_for_somebody_who_has_gone_is_let_go() -> None:

@@ -10,17 +10,20 @@ from engine.limits import CLOSE_REASON_BYTES_MAX, ERRORS_MAX, IN_FLIGHT_MAX, SUB
 from engine.rejections import Code, Rejection
 from gateway.session import (
     Close,
+    FollowUser,
     Intent,
     PendingBid,
     Ping,
+    Refuse,
     Send,
     Session,
     Submit,
     Subscribe,
+    UnfollowUser,
     Unsubscribe,
 )
 from gateway.tokens import Identity, TokenInvalid
-from gateway.wire import Subscribed
+from gateway.wire import Standing, Subscribed
 from tests.gateway.test_wire import SNAPSHOT
 
 NOW = 1_700_000_000_000
@@ -64,7 +67,7 @@ class Client:
 
 
 def read(intents: list[Intent]) -> list[Any]:
-    return [json.loads(intent.data) if isinstance(intent, Send) else intent for intent in intents]
+    return [json.loads(intent.data) if isinstance(intent, Send | Refuse) else intent for intent in intents]
 
 
 @pytest.fixture
@@ -163,7 +166,7 @@ def test_time_and_ping(guest: Client) -> None:
         ('{"op":"dance","ref":1}', "unknown_op", "op", 1),
         ('{"op":"react","story":"x","kind":"like","ref":1}', "unknown_op", "op", 1),
         ('{"op":"time","t0":1.0,"ref":1}', "bad_request", "t0", 1),
-        ('{"op":"subscribe","topic":"me","ref":1}', "bad_request", "topic", 1),
+        ('{"op":"subscribe","topic":"you","ref":1}', "bad_request", "topic", 1),
         ('{"op":"subscribe","topic":"story:1","ref":1}', "bad_request", "topic", 1),
         (f'{{"op":"bid","auction":"{AUCTION}","bid_id":"{BID}","ref":1}}', "bad_request", "amount", 1),
         (f'{{"op":"bid","auction":"x","bid_id":"{BID}","amount":1,"ref":1}}', "bad_request", "auction", 1),
@@ -259,7 +262,7 @@ def test_a_refusal_names_the_minimum(anna: Client) -> None:
 
 
 def test_an_answer_to_another_question_leaves_the_outcome_open(anna: Client) -> None:
-    view = AuctionView(1, SNAPSHOT, None, BEN, None, None)
+    view = AuctionView(1, SNAPSHOT, None, BEN, None, None, 0)
     [frame] = read(anna.session.answered(anna.bids().pending, view))
 
     assert (frame["type"], frame["code"]) == ("error", "outcome_unknown")
@@ -346,6 +349,37 @@ def test_what_is_asked_for_and_left_again_and_again_is_bounded(anna: Client) -> 
     assert anna.session.subscribed(pending[0], SUBSCRIBED) == []
     assert isinstance(anna.subscribes(), Subscribe)
     assert anna.subscribes(other)["code"] == "too_many"
+
+
+def test_a_user_is_followed_and_a_guest_is_not(anna: Client, guest: Client) -> None:
+    intent = anna.subscribes("me", ref=4, since=3)
+    assert intent == FollowUser(ANNA, intent.pending)
+    assert anna.subscribes("me", ref=5)["code"] == "too_many"
+    standing = Standing(auction=AUCTION, paddle=1, max_amount=100, is_leading=True, status="active")
+    [frame] = read(anna.session.subscribed(intent.pending, [standing]))
+    assert (frame["type"], frame["ref"], frame["topic"]) == ("subscribed", 4, "me")
+    assert [one["auction"] for one in frame["standings"]] == [str(AUCTION)]
+
+    rejected = guest.subscribes("me", ref=6)
+    assert (rejected["type"], rejected["ref"], rejected["code"]) == ("rejected", 6, "not_authenticated")
+
+
+def test_the_topic_me_counts_and_is_left_as_others_are(anna: Client) -> None:
+    pending = anna.subscribes("me").pending
+    for number in range(SUBSCRIPTIONS_MAX - 1):
+        anna.session.subscribed(anna.subscribes(f"auction:{UUID(int=number)}").pending, SUBSCRIBED)
+    assert anna.subscribes()["code"] == "too_many"
+    assert anna.session.subscribed(pending, []) != []
+    unfollow, unsubscribed = anna.says(op="unsubscribe", topic="me", ref=7)
+    assert (unfollow, unsubscribed) == (UnfollowUser(), {"type": "unsubscribed", "ref": 7, "topic": "me"})
+    assert isinstance(anna.subscribes(), Subscribe)
+
+
+def test_a_user_that_cannot_be_followed_now_is_told_so(anna: Client) -> None:
+    pending = anna.subscribes("me", ref=8).pending
+    [frame] = read(anna.session.subscribed(pending, Rejection("unavailable", "Later.")))
+    assert (frame["type"], frame["ref"], frame["code"]) == ("error", 8, "unavailable")
+    assert isinstance(anna.subscribes("me"), FollowUser)
 
 
 def test_a_subscription_survives_the_refusal_of_its_repetition(anna: Client) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.messages import BidAccepted, You
+from actors.messages import BidAccepted, Noticed, You
 from engine.auction import Snapshot
 from engine.rejections import Rejection
 from gateway import wire
@@ -150,7 +150,7 @@ NOT_INTEGERS = [
         ('{"op":"time","t0":null}', "bad_request", "t0", None),
         *((f'{{"op":"time","ref":1,"t0":{t0}}}', "bad_request", "t0", 1) for t0 in NOT_INTEGERS),
         ('{"op":"subscribe","ref":1}', "bad_request", "topic", 1),
-        ('{"op":"subscribe","ref":1,"topic":"me"}', "bad_request", "topic", 1),
+        ('{"op":"subscribe","ref":1,"topic":"you"}', "bad_request", "topic", 1),
         (f'{{"op":"subscribe","topic":"story:{AUCTION}"}}', "bad_request", "topic", None),
         (f'{{"op":"subscribe","topic":"{TOPIC}\\n"}}', "bad_request", "topic", None),
         (f'{{"op":"subscribe","topic":"auction:{{{AUCTION}}}"}}', "bad_request", "topic", None),
@@ -182,7 +182,7 @@ def test_malformed_messages_are_told_what_is_wrong(text: str, code: str, field: 
 
 def test_other_topics_are_said_not_to_be_known_here() -> None:
     with pytest.raises(wire.Malformed, match="not known here"):
-        wire.decode(b'{"op":"subscribe","topic":"me"}')
+        wire.decode(b'{"op":"subscribe","topic":"you"}')
 
 
 @given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
@@ -228,6 +228,7 @@ def test_ids_are_written_in_lower_case() -> None:
 
     assert isinstance(message, wire.Subscribe)
     assert wire.topic_name(wire.topic_auction(message.topic)) == TOPIC
+    assert wire.topic_name(wire.topic_auction("me")) == "me"
 
 
 def test_a_welcome_to_a_user_and_to_a_guest() -> None:
@@ -338,9 +339,51 @@ def test_verdicts() -> None:
     }
 
 
+def test_standings_and_notices() -> None:
+    standing = wire.Standing(auction=AUCTION, paddle=3, max_amount=900, is_leading=True, status="active")
+    assert json.loads(wire.encode_standings("m", [standing])) == {
+        "type": "subscribed",
+        "ref": "m",
+        "topic": "me",
+        "standings": [
+            {"auction": str(AUCTION), "paddle": 3, "max_amount": 900, "is_leading": True, "status": "active"}
+        ],
+    }
+    noticed = Noticed(
+        user=USER,
+        auction=AUCTION,
+        kind="outbid",
+        seq=7,
+        at=1,
+        price=100,
+        minimum=105,
+        end_time=2,
+        status="active",
+        outcome=None,
+        you=You(3, 90, is_leading=False),
+    )
+    notice = {
+        "type": "notice",
+        "topic": "me",
+        "kind": "outbid",
+        "auction": str(AUCTION),
+        "seq": 7,
+        "at": 1,
+        "price": 100,
+        "paddle": 3,
+        "max_amount": 90,
+        "minimum": 105,
+        "end_time": 2,
+    }
+    assert json.loads(wire.encode_notice(noticed)) == notice
+    lost = msgspec.structs.replace(noticed, kind="lost", status="ended", outcome="sold")
+    assert json.loads(wire.encode_notice(lost)) == notice | {"kind": "lost", "outcome": "sold"}
+
+
 def test_small_answers() -> None:
     assert wire.encode_time(1, 2, 3, 4) == b'{"type":"time","ref":1,"t0":2,"t1":3,"t2":4}'
     assert wire.encode_pong("x") == b'{"type":"pong","ref":"x"}'
+    assert wire.encode_unsubscribed(1, None) == b'{"type":"unsubscribed","ref":1,"topic":"me"}'
     assert wire.encode_unsubscribed(1, AUCTION) == f'{{"type":"unsubscribed","ref":1,"topic":"{TOPIC}"}}'.encode()
     assert wire.encode_error(None, "busy", "Later.", retry_after_ms=5) == (
         b'{"type":"error","code":"busy","message":"Later.","retry_after_ms":5}'

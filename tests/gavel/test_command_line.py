@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 
 from gavel.__main__ import COMMANDS, INTERRUPTED, main
 from gavel.errors import CommandError
+from loadtests.scenarios import SCENARIOS
 
 USER = "5f0c3f5e-8a53-4c0a-9d53-1f6f1a2b3c4d"
 # Those whose files are there; the whole is checked once all are.
@@ -44,8 +45,9 @@ def test_each_command_has_help_with_examples(name: str) -> None:
     assert f"gavel {name} " in result.stdout.split("Examples:")[1]
 
 
-def test_the_benchmark_of_bids_has_help() -> None:
-    assert "gavel bench bids --url" in invoke("bench", "bids", "--help").stdout
+def test_the_benchmark_names_its_scenarios() -> None:
+    printed = invoke("bench", "--help").stdout
+    assert all(f"  {name} " in printed for name in SCENARIOS)
 
 
 def test_help_waits_for_no_library() -> None:
@@ -68,7 +70,9 @@ def test_help_waits_for_no_library() -> None:
         (["token", USER, "--ttl", "soon"], "write it as 90, 15m, 1h or 7d. See `gavel token --help`."),
         (["watch"], "Missing argument 'AUCTION'. See `gavel watch --help`."),
         (["replay", "/no/such/file"], "does not exist. See `gavel replay --help`."),
-        (["bench", "bids", "--sockets", "0"], "See `gavel bench bids --help`."),
+        (["bench", "sell"], "See `gavel bench --help`."),
+        (["bench", "bids", "--runs", "0"], "See `gavel bench --help`."),
+        (["bench", "--url", "http://127.0.0.1:1"], "--url goes with one scenario"),
         (["bench", "bids", "--data-dir", "/tmp"], "--data-dir belongs to --url; without --url"),
     ],
 )

@@ -9,16 +9,18 @@ from pydantic_core import PydanticUndefined
 
 from gavel.__main__ import COMMANDS
 from gavel.settings import PREFIX, Settings, default_data_dir
+from loadtests.scenarios import SCENARIOS
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+SWARM_OPTIONS = Path(__file__).parents[2] / "loadtests" / "swarm" / "options.py"
 DATA_DIR_DEFAULT = "root: `/var/lib/gavel`; others: their data folder"
 
 
-def table_under(heading: str) -> list[list[str]]:
-    """The cells of the first table under a heading, without its head."""
+def table_under(heading: str, head: str = "") -> list[list[str]]:
+    """The cells of the first table under a heading (whose first column is called `head`), without its head."""
     section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    rows = [line for line in section.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
+    (table, *_) = re.findall(rf"^\| {head}.*\n\| ---.*\n((?:\|.*\n)+)", section, re.MULTILINE)
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()]
 
 
 def written_default(name: str, default: Any) -> str:
@@ -42,6 +44,19 @@ def test_the_default_folder_is_the_one_that_is_named(monkeypatch: pytest.MonkeyP
 
 def test_the_commands_are_those_that_there_are() -> None:
     assert table_under("The commands") == [[f"`gavel {name}`", sentence] for name, sentence in COMMANDS.items()]
+
+
+def test_the_options_of_the_swarm_are_those_that_there_are() -> None:
+    # Read, not imported: importing Locust changes the sockets of the whole process.
+    options = re.findall(r'parser\.add_argument\(\s*"(--[a-z-]+)"', SWARM_OPTIONS.read_text(encoding="utf-8"))
+    assert [row[0] for row in table_under("Load tests", "option")] == [f"`{name}`" for name in options]
+
+
+def test_the_scenarios_are_those_that_there_are() -> None:
+    assert table_under("Measure it") == [
+        [f"`{name}`", scenario.about[0].lower() + scenario.about[1:].rstrip(".")]
+        for name, scenario in SCENARIOS.items()
+    ]
 
 
 def test_the_python_is_ten_lines_that_compile() -> None:

@@ -20,6 +20,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = load_settings()
     assert (settings.host, settings.port, settings.shards, settings.gateways) == ("127.0.0.1", 8700, 2, 1)
     assert (settings.database_url, settings.ray_address, settings.secret) == (None, None, None)
+    assert (settings.raised_addresses, settings.gateway_memory_mb) == ("127.0.0.0/8,::1", None)
     assert settings.log_level == "info"
     assert settings.data_dir == Path("/var/lib/gavel")
 
@@ -79,6 +80,17 @@ def test_the_secret_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
             "machine's interfaces, such as 127.0.0.1.",
         ),
         ("GAVEL_DATA_DIR", __file__, f"GAVEL_DATA_DIR '{__file__}' is a file; it should be a folder."),
+        (
+            "GAVEL_RAISED_ADDRESSES",
+            "10.0.0.0/8,office",
+            "GAVEL_RAISED_ADDRESSES '10.0.0.0/8,office' is not a list of addresses; it should be like "
+            "10.0.0.0/8,192.0.2.7,::1.",
+        ),
+        (
+            "GAVEL_GATEWAY_MEMORY_MB",
+            "0",
+            "GAVEL_GATEWAY_MEMORY_MB '0' is too small; it should be a whole number from 1 to 1000000.",
+        ),
         ("GAVEL_PROT", "8700", "GAVEL_PROT is not a setting of Gavel; did you mean GAVEL_PORT?"),
     ],
 )

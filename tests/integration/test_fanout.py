@@ -19,7 +19,7 @@ from engine.limits import SOCKETS_PER_SLICE
 from gateway import gateway_actor
 from gateway import socket as socket_module
 from gateway.gateway_actor import Door, start_gateway
-from tests.integration.test_gateway import ANNA, BEN, PUBLIC, Engine, _free_port, running
+from tests.integration.test_gateway import ANNA, BEN, PUBLIC, Engine, free_port, running
 from tests.support.waiting import until
 
 KEPT = ("extended", "ended", "cancelled")
@@ -258,7 +258,7 @@ async def test_users_who_come_at_once_share_a_question(engine: Engine, monkeypat
 
 async def test_viewers_are_counted_across_gateways(engine: Engine) -> None:
     auction = await engine.open_auction()
-    one_port, other_port = engine.port, _free_port()
+    one_port, other_port = engine.port, free_port()
     other = await start_gateway(engine.place, Door(host="127.0.0.1", port=other_port, public_key=PUBLIC), "gateway-1")
     try:
         async with engine.client() as one:

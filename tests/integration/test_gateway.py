@@ -49,7 +49,7 @@ class Engine:
         self.pool = pool
         self.shard: RunningShard | None = None
         self.gateway: RunningGateway
-        self.port = _free_port()
+        self.port = free_port()
 
     async def start(self) -> None:
         await Directory(self.pool).lay_out(1)
@@ -91,10 +91,9 @@ class Engine:
             ),
             **changes,
         }
-        response = await self.request("POST", "/api/v1/auctions", MAKER, json=body)
-        while response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
-            # One process for all takes long to settle its memory, and the shard may have been held up by that.
-            response = await self.request("POST", "/api/v1/auctions", MAKER, json=body)
+        # Where the machine stood still for a second, the shard first makes sure that it is the owner.
+        while (response := await self.request("POST", "/api/v1/auctions", MAKER, json=body)).status_code == 503:
+            pass
         assert response.status_code == 201, response.text
         auction: str = response.json()["data"]["auction_id"]
         return auction
@@ -203,7 +202,7 @@ async def running(database_url: str, pool: asyncpg.Pool, tmp_path: Path) -> Asyn
         gc.set_threshold(*thresholds)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -28,6 +28,7 @@ from actors.messages import (
     GatewayFrame,
     GetAuction,
     Greeting,
+    Noticed,
     Output,
     Payload,
     Presence,
@@ -73,6 +74,7 @@ class Site:
         self.fakes: list[Fake] = []
         self.published: list[Published] = []
         self.presence: list[Presence] = []
+        self.noticed: list[Noticed] = []
         self.opened: list[int] = []
 
     async def find_owner(self, shard: int) -> Owner | None:
@@ -111,6 +113,7 @@ class Site:
             find_owner=self.find_owner,
             on_published=self.published.append,
             on_presence=self.presence.append,
+            on_noticed=self.noticed.append,
             on_open=self.opened.append,
         )
         self.links.append(link)
@@ -797,6 +800,7 @@ async def test_who_is_asked_for_anew_while_older_turns_are_on_their_way_gets_not
         find_owner=site.find_owner,
         on_published=fanout.published,
         on_presence=fanout.presence,
+        on_noticed=site.noticed.append,
         on_open=take_up,
     )
     site.links.append(link)
@@ -862,6 +866,7 @@ async def test_topics_are_asked_for_before_anything_is_sent_again(site: Site) ->
         find_owner=site.find_owner,
         on_published=site.published.append,
         on_presence=site.presence.append,
+        on_noticed=site.noticed.append,
         on_open=resubscribe,
     )
     site.links.append(link)

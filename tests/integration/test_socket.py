@@ -25,7 +25,7 @@ from engine.rejections import Rejection
 from gateway import socket as socket_module
 from gateway.socket import ClientSocket, HttpProtocol, Sink, Sockets, make_protocol
 from gateway.tokens import Verifier, issue, make_key_pair
-from gateway.wire import Subscribed
+from gateway.wire import Standing, Subscribed
 from tests.support.waiting import until
 
 PRIVATE, PUBLIC = make_key_pair()
@@ -61,6 +61,7 @@ class Fanout:
 
     def __init__(self) -> None:
         self.sinks: dict[UUID, list[Sink]] = {}
+        self.followers: list[Sink] = []
         self.is_silent = False
         self.waiting: list[Callable[[Subscribed | Rejection], None]] = []
         self.subscribed = asyncio.Event()
@@ -83,6 +84,10 @@ class Fanout:
         else:
             on_subscribed(Subscribed(5, b'{"seq":5,"kind":"private"}', None, None))
 
+    def follow(self, user: UUID, sink: Sink, on_subscribed: Callable[[list[Standing] | Rejection], None], /) -> None:
+        self.followers.append(sink)
+        on_subscribed([Standing(auction=AUCTION, paddle=1, max_amount=5, is_leading=True, status="active")])
+
     def unsubscribe(self, topic: UUID, sink: Sink, /) -> None:
         self.sinks[topic].remove(sink)
 
@@ -92,6 +97,7 @@ class Fanout:
     def drop(self, sink: Sink, /) -> None:
         for sinks in self.sinks.values():
             sinks[:] = [other for other in sinks if other is not sink]
+        self.followers = [other for other in self.followers if other is not sink]
         self.dropped.set()
 
 
@@ -115,7 +121,9 @@ class Gateway:
         self.fanout = Fanout()
         self.sockets = sockets
         self.now = NOW
-        protocol = make_protocol(self.router, self.fanout, Verifier(PUBLIC).verify, lambda: self.now, sockets)
+        protocol = make_protocol(
+            self.router, self.fanout, self.fanout, Verifier(PUBLIC).verify, lambda: self.now, sockets
+        )
         config = uvicorn.Config(_app, ws=protocol, lifespan="off", log_config=None, http=HttpProtocol)
         self.server = uvicorn.Server(config)
         self.listener = socket.create_server(("127.0.0.1", 0))

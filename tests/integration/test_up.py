@@ -254,3 +254,25 @@ def _opening(file: Path, mode: str) -> Iterator["subprocess.Popen[bytes]"]:
         assert process.stdout is not None
         process.stdout.readline()
         yield process
+
+
+# Room for sockets
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (1_000_000, ""),
+        (
+            4_096,
+            "a gateway has room for 3,072 sockets, since a process may open 4,096 files here; "
+            "`ulimit -n 51024` before the start makes room for 50,000\n",
+        ),
+    ],
+)
+def test_too_few_files_are_told_of(
+    files: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(up, "raise_file_limit", lambda: files)
+    up._say_how_many_sockets()
+    assert capsys.readouterr().err == said

@@ -35,13 +35,16 @@ from tests.simulation.history import (
     Connected,
     Events,
     Message,
+    Notice,
     Record,
     Sent,
+    Standings,
     State,
     Subscribed,
     Subscribing,
     Verdict,
 )
+from tests.simulation.notices import Hearing
 
 
 class Violation(NamedTuple):
@@ -73,12 +76,13 @@ def check(
     outages: Sequence[Outage] | None = None,
     taken: Mapping[tuple[UUID, bytes], int] | None = None,
     clock_error_ms: int = 0,
+    is_calm: bool = False,
 ) -> list[Violation]:
     """All that is wrong; an empty list if nothing is.
 
     `true_time`: the records of different clients stand in the order of time, too, as one process wrote them. `outages`:
     all that there were, if they are known; `taken`: when each bid was last taken up, by its auction and command. By
-    `clock_error_ms` a shard's clock may differ from the one that measured the outages.
+    `clock_error_ms` a shard's clock may differ from the one that measured the outages. `is_calm`: nothing was broken.
     """
     auctions = {entity_id: _Auction(entity_id, of_one) for entity_id, of_one in _by_auction(rows).items()}
     violations: list[Violation] = []
@@ -99,6 +103,7 @@ def check(
             violations += _was_in_time(request, taken or {}, clock_error_ms)
     violations += _bids_were_sent(auctions, seen)
     violations += _sent_in_order(seen)
+    violations += _told_what_concerns_them(auctions, seen, is_calm=is_calm)
     return violations
 
 
@@ -613,11 +618,14 @@ class _Seen:
         self.requests: dict[tuple[UUID, bytes], _Request] = {}
         self.sent: dict[tuple[str, int, UUID], list[_Request]] = defaultdict(list)
         """What each connection sent to an auction, in order."""
+        self.told: dict[tuple[str, int], list[Standings | Notice]] = defaultdict(list)
+        """What each connection was told on the topic `me`, in order."""
+        self.users: dict[tuple[str, int], UUID | None] = {}
+        """Who is on each connection, in order."""
         self._auctions = auctions
         self._is_one_order = is_one_order
         self._place = 0
         self._bids: dict[tuple[str, UUID, UUID], _Request] = {}
-        self._users: dict[tuple[str, int], UUID | None] = {}
         self._known: dict[tuple[str, UUID], int] = {}
         self._asked: dict[tuple[str, int, UUID], int] = {}
         self._streams: dict[tuple[str, int, UUID], int | None] = {}
@@ -643,7 +651,9 @@ class _Seen:
             case Subscribed():
                 self._begin(record)
             case Connected():
-                self._users[record.client, record.connection] = record.user
+                self.users[record.client, record.connection] = record.user
+            case Standings() | Notice():
+                self.told[record.client, record.connection].append(record)
             case Asked():
                 self._send(record, _command(record))
             case Answered():
@@ -690,7 +700,7 @@ class _Seen:
     def _begin(self, record: Subscribed) -> None:
         stream = record.client, record.connection, record.auction
         floor = self._asked.get(stream, 0)
-        if self._users.get((record.client, record.connection), record.client) is None:
+        if self.users.get((record.client, record.connection), record.client) is None:
             # Guests are answered by their gateway, which may be behind; but nobody goes back behind its own `since`.
             floor = min(floor, record.since or 0)
         sentence = self._begins_wrong(record, floor)
@@ -719,7 +729,7 @@ class _Seen:
         elif record.snapshot != auction.snapshot(seq):
             return f"the snapshot at {seq} should be {auction.snapshot(seq)}, not {record.snapshot}"
         user = (record.client, record.connection)
-        if user in self._users and record.you != (you := auction.you(self._users[user], seq)):
+        if user in self.users and record.you != (you := auction.you(self.users[user], seq)):
             return f"`you` at {seq} should be {you}, not {record.you}"
         return None
 
@@ -981,6 +991,25 @@ def _sent_in_order(seen: _Seen) -> Iterator[Violation]:
                 sentence = f"was sent after what stands at {last.seqs[0]}, on the same connection"
                 yield request.violated("order", request.sends[0], sentence)
             last = request
+
+
+def _told_what_concerns_them(auctions: dict[UUID, _Auction], seen: _Seen, *, is_calm: bool) -> Iterator[Violation]:
+    """Each user is told, on each connection that asks for it, what becomes of it: no less, and nothing else."""
+    newest = dict(seen.users.keys())
+    joined: dict[UUID, set[UUID]] = defaultdict(set)
+    for request in seen.requests.values():
+        sent = request.sends[0]
+        if isinstance(sent, Sent) and any(_is_done(answer) for answer in request.answers):
+            joined[sent.bidder].add(sent.auction)
+    for (client, connection), records in seen.told.items():
+        user = seen.users.get((client, connection))
+        assert user is not None, "guests have no topic of their own"
+        hearing = Hearing(auctions, user, is_calm=is_calm)
+        wrong = list(hearing.judge(records))
+        if not wrong and newest[client] == connection:
+            wrong += hearing.judge_end(joined[user])
+        for auction, seq, sentence in wrong[:1]:
+            yield Violation("notice", auction, seq, f"client {client}, connection {connection}: {sentence}")
 
 
 def _bid_command(bidder: UUID, bid_id: UUID) -> bytes:

@@ -18,8 +18,10 @@ from tests.simulation.history import (
     Connected,
     Events,
     Message,
+    Notice,
     Record,
     Sent,
+    Standings,
     Subscribing,
     state,
     subscribed,
@@ -30,6 +32,7 @@ from tests.simulation.world import Process
 
 _TEXT: Final = picows.WSMsgType.TEXT
 _CLOSE: Final = picows.WSMsgType.CLOSE
+_OVER: Final = ("ended", "cancelled", "won", "lost")
 _PING: Final = picows.WSMsgType.PING
 _decode: Final[Callable[[bytes], Message]] = msgspec.json.Decoder(dict[str, Any]).decode
 _encode: Final = msgspec.json.Encoder().encode
@@ -65,6 +68,8 @@ class Habits:
     """Of waiting for the last milliseconds."""
     shared_id_chance: float
     """Of using a `bid_id` that others use, too."""
+    me_after_s: float | None
+    """So long after its welcome, about, it asks for what concerns it, if it does."""
 
 
 def draw_habits(random: Random) -> Habits:
@@ -79,6 +84,7 @@ def draw_habits(random: Random) -> Habits:
         leave_chance=random.choice((0.0, 0.01, 0.05)),
         snipe_chance=random.choice((0.0, 0.3, 1.0)),
         shared_id_chance=random.choice((0.0, 0.2)),
+        me_after_s=random.choice((None, 0.0, 0.0, 2.0)),
     )
 
 
@@ -109,6 +115,7 @@ class Client:
         addresses: Callable[[], list[str]],
         lots: list[Lot],
         shared_ids: list[UUID],
+        joined: set[tuple[UUID, UUID]],
         history: list[Record],
         bids_until_us: int,
     ) -> None:
@@ -123,6 +130,8 @@ class Client:
         self._addresses = addresses
         self._lots = lots
         self._shared_ids = shared_ids
+        self._joined = joined
+        """Each user with each auction in which a bid of it was acknowledged."""
         self._history = history
         self._bids_until_us = bids_until_us
         self._habits = draw_habits(random)
@@ -134,6 +143,10 @@ class Client:
         """What waits for its answer on this connection, by `ref`."""
         self._unanswered: dict[UUID, _Bid] = {}
         self._asked: dict[int, tuple[Lot, int | None]] = {}
+        self._me: int | None = None
+        """The `ref` under which it has asked for what concerns it."""
+        self._told: dict[UUID, str] = {}
+        """What it was told last of each of its auctions, on this connection."""
         self._seen: dict[UUID, int] = {}
         """The last `seq` of each topic."""
         self._over: set[UUID] = set()
@@ -146,11 +159,15 @@ class Client:
     @property
     def is_settled(self) -> bool:
         """Whether all of its bids have their verdicts, and it has seen the end of all auctions."""
-        return not self._unanswered and all(lot.auction in self._over for lot in self._lots)
+        joined = [auction for user, auction in self._joined if user == self._user]
+        is_told = self._habits.me_after_s is None or all(self._told.get(auction) in _OVER for auction in joined)
+        return is_told and not self._unanswered and all(lot.auction in self._over for lot in self._lots)
 
     def describe(self) -> str:
         """What it still waits for."""
-        return f"{self.name}: {len(self._unanswered)} bids without a verdict, events seen {self._seen}"
+        return (
+            f"{self.name}: {len(self._unanswered)} bids without a verdict, events seen {self._seen}, told {self._told}"
+        )
 
     # Its life
 
@@ -257,6 +274,12 @@ class Client:
         message: Message = {"op": "subscribe", "ref": self._next_ref, "topic": f"auction:{lot.auction}"}
         self._send(message if since is None else message | {"since": since})
 
+    def _ask_for_me(self, connection: int) -> None:
+        if connection == self._connection:
+            self._next_ref += 1
+            self._me = self._next_ref
+            self._send({"op": "subscribe", "ref": self._me, "topic": "me"})
+
     def _send(self, message: Message) -> None:
         if self._transport is not None:
             self._transport.send(_TEXT, _encode(message))
@@ -274,9 +297,12 @@ class Client:
         self._connection += 1
         self._bids.clear()
         self._asked.clear()
+        self._told.clear()
         self._send({"op": "hello"} if self._user is None else {"op": "hello", "token": str(self._user)})
         for lot in self._lots:
             self._subscribe(lot)
+        if self._user is not None and self._habits.me_after_s is not None:
+            self._later(self._habits.me_after_s, self._ask_for_me, self._connection)
         for bid in list(self._unanswered.values()):
             self._send_bid(bid)
 
@@ -320,6 +346,30 @@ class Client:
                 assert message["viewers"] >= 0
             case "ack" | "rejected" | "error" if message.get("ref") in self._bids:
                 self._judged(message)
+            case "subscribed" if message["ref"] == self._me:
+                self._history.append(
+                    Standings(
+                        client=self.name,
+                        connection=self._connection,
+                        standings=message["standings"],
+                        at=self._now_ms(),
+                    )
+                )
+                self._told = {UUID(one["auction"]): one["status"] for one in message["standings"]}
+            case "notice":
+                auction = UUID(message["auction"])
+                self._history.append(
+                    Notice(
+                        client=self.name,
+                        connection=self._connection,
+                        auction=auction,
+                        notice=message,
+                        at=self._now_ms(),
+                    )
+                )
+                self._told[auction] = message["kind"]
+            case "error" if message.get("ref") == self._me:
+                self._later(0.3, self._ask_for_me, self._connection)
             case "subscribed":
                 self._subscribed(message)
             case "error" | "rejected" if message.get("ref") in self._asked:
@@ -375,6 +425,8 @@ class Client:
         )
         if message["type"] != "error":
             self._unanswered.pop(bid.bid_id, None)
+            if message["type"] == "ack" and self._user is not None:
+                self._joined.add((self._user, bid.lot.auction))
             if message.get("outcome") == "leading":
                 self._leads.add(bid.lot.auction)
                 self._maximums[bid.lot.auction] = message["max_amount"]

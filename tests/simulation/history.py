@@ -98,6 +98,21 @@ class State(_Record, frozen=True, kw_only=True, tag="state"):
     events: list[Message]
 
 
+class Standings(_Record, frozen=True, kw_only=True, tag="standings"):
+    """A client gets its user's standings; the notices follow."""
+
+    connection: int
+    standings: list[Message]
+
+
+class Notice(_Record, frozen=True, kw_only=True, tag="notice"):
+    """A client gets a notice."""
+
+    connection: int
+    auction: UUID
+    notice: Message
+
+
 class Asked(_Record, frozen=True, kw_only=True, tag="asked"):
     """Somebody opens, ends or cancels an auction; again, with the same `request_id`, on a retry."""
 
@@ -118,7 +133,7 @@ class Answered(_Record, frozen=True, kw_only=True, tag="answered"):
     """None: it was done."""
 
 
-Record = Connected | Sent | Verdict | Subscribing | Subscribed | Events | State | Asked | Answered
+Record = Connected | Sent | Verdict | Subscribing | Subscribed | Events | State | Standings | Notice | Asked | Answered
 
 _VERDICT_FIELDS = ("code", "seq", "hash", "outcome", "price", "paddle", "max_amount", "minimum", "end_time")
 

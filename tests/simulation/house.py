@@ -144,11 +144,11 @@ class Gateway:
         pool = await host.database.pool()
         clock = Clock(host.monotonic_ns)
         await clock.synchronise(pool)
-        router, fanout = await connect(host, self.process.name, Directory(pool))
+        router, fanout, people = await connect(host, self.process.name, pool)
         self.router = router
         assert isinstance(host.network, SimulatedNetwork)
         listening = host.network.listen_now(
-            lambda: ClientSocket(router, fanout, Session(uuid4(), _identify, clock()), clock, self.sockets),
+            lambda: ClientSocket(router, fanout, people, Session(uuid4(), _identify, clock()), clock, self.sockets),
             auto_pong=False,
         )
         self.address = listening.address

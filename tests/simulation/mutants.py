@@ -135,6 +135,37 @@ MUTANTS = (
         "life = (turn.snapshots and await self._journal.save_snapshots(turn.snapshots)) or "
         "await self._journal.append(rows, entities, turn.paid_until)",
     ),
+    # What concerns one user
+    Mutant(
+        "outbid told to the wrong one",
+        "engine.notices",
+        'yield state.leader, "outbid"',
+        'yield event.bidder, "outbid"',
+    ),
+    Mutant(
+        "not followed again after a break",
+        "gateway.bootstrap",
+        "people.follow_again(shard)",
+        "pass",
+    ),
+    Mutant(
+        "what was missed in a break not asked for",
+        "gateway.people",
+        "self._catch_up_with(users, shard)",
+        "pass",
+    ),
+    Mutant(
+        "standings read before the user is followed",
+        "gateway.people",
+        "await self._follow(user)",
+        "[self._shards.submit_to(shard, Follow([user]), _ignore) for shard in self._shards.shards]",
+    ),
+    Mutant(
+        "a notice released before the commit",
+        "actors.shard",
+        "turn.steps.append(noticed(entity, recorded, user, kind))",
+        "[outlet.deliver([noticed(entity, recorded, user, kind)]) for outlet in self._followers.by_user[user]]",
+    ),
     # Verdicts
     Mutant(
         "bid_ids forgotten in sleep",

@@ -299,6 +299,10 @@ class Transport:
         if self.peer is not None:
             self.peer.lose(is_whole=graceful)
 
+    def get_extra_info(self, name: str) -> tuple[str, int]:
+        assert name == "peername"
+        return "127.0.0.1", 0
+
     def get_write_buffer_size(self) -> int:
         return 0 if self.peer is None else self.peer.unread
 

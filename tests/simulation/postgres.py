@@ -67,7 +67,8 @@ SCHEMAS: Final = {
         shard_id=0,
     ),
     "slots": _schema("slot shard_id", 1, references=("shards", 1), slot=0),
-    "entities": _schema("entity_id slot kind owner_id status due_at created_at window_ms", 1),
+    "entities": _schema("entity_id slot kind owner_id status due_at created_at window_ms ended_at", 1),
+    "bidders": _schema("user_id entity_id", 2),
     "journal": _schema("entity_id seq at kind version body hash command_id", 2, seq=1),
     "snapshots": _schema("entity_id seq hash last_at version body", 1),
     "private": _schema("entity_id seq salt body", 2, references=("journal", 0)),
@@ -206,7 +207,7 @@ class SimulatedPostgres:
         rows = []
         for values in sorted(self.tables["journal"].rows(), key=lambda row: row[:2]):
             hidden = private.get(values[:2])
-            rows.append(Row._make((*values, None if hidden is None else Private(*hidden[2:]))))
+            rows.append(Row._make((*values, None if hidden is None else Private(*hidden[2:]), None)))
         return rows
 
     # What may happen to it
@@ -1427,7 +1428,10 @@ class _Compiler:
         self._at = rest_at
         conditions = self._where()
         order = self._order()
-        selected = _Selected(self._loops(items, conditions, order), items, self._sources, conditions)
+        function = self._loops(items, conditions, order)
+        if self._accept("limit"):
+            function = self._function("q, a", f"return {function}(q, a)[: {self._primary()}]")
+        selected = _Selected(function, items, self._sources, conditions)
         self._sources, self._aggregates = outer, outer_aggregates
         return selected
 

@@ -121,6 +121,7 @@ class Scenario:
             outages=self._outages(),
             taken=self.house.observer.taken,
             clock_error_ms=self.nemesis.clock_error_ms,
+            is_calm=not self.nemesis.done,
         )
         violations += [str(violation) for violation in found]
         if not self._is_settled():
@@ -177,6 +178,7 @@ class Scenario:
         # Some are on two devices, and some are guests.
         users += random.sample(users, random.choice((0, 1)))
         users += [None] * random.choice((0, 1, 3))
+        joined: set[tuple[UUID, UUID]] = set()
         gap_s = random.choice((0.03, 0.1, 0.6))
         shared_ids = [UUID(int=random.getrandbits(128), version=4) for _ in range(3)]
         return [
@@ -189,6 +191,7 @@ class Scenario:
                 addresses=self.house.addresses,
                 lots=self._lots,
                 shared_ids=shared_ids,
+                joined=joined,
                 history=self.history,
                 bids_until_us=START_US + int(self.acts_s * SECOND_US),
             )

@@ -7,18 +7,20 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from actors.entities import Entity, bid_accepted
+from actors.followers import noticed
 from actors.journal import Private, Row
 from engine import chain
 from engine.auction import decide, due_at
 from engine.commands import Command, EndAuction, ExecuteDue, OpenAuction, PayBack, PlaceBid, Terms, command_id
 from engine.events import KINDS, BidPlaced, Ended, Event, Extended, MaximumRaised, decode, encode
+from engine.notices import notices
 from engine.public import encode_snapshot
 from engine.rejections import Rejection
 from gateway.wire import Subscribed as Subscription
-from gateway.wire import encode_ack, encode_events, encode_rejected, encode_subscribed
+from gateway.wire import encode_ack, encode_events, encode_notice, encode_rejected, encode_subscribed
 from tests.engine.oracle import Course, Oracle, Rules, SoftCloseRule
 from tests.engine.support import ADMIN, ANNA, AUCTION, BEN, CLEO, MAKER, NOW, REQUEST, SOFT_CLOSE, make_terms
 from tests.simulation.checker import Outage, Violation, check
@@ -27,8 +29,10 @@ from tests.simulation.history import (
     Asked,
     Connected,
     Events,
+    Notice,
     Record,
     Sent,
+    Standings,
     Subscribed,
     Subscribing,
     Verdict,
@@ -57,6 +61,7 @@ class House:
         self.history: list[Record] = []
         self.now = NOW
         self._watchers: dict[str, int] = {}
+        self._followers: list[str] = []
         self._bids = 0
 
     def connect(self) -> None:
@@ -110,6 +115,17 @@ class House:
         message = json.loads(encode_subscribed(1, AUCTION, answer))
         self.history.append(subscribed(name, connection, AUCTION, since, message, self.now))
 
+    def follow(self, name: str) -> None:
+        """Ask for what concerns the user, on its only connection."""
+        you = self.entity.you(USERS[name])
+        assert self.entity.state is not None
+        standings = []
+        if you is not None:
+            status = self.entity.state.status
+            standings.append({"auction": str(AUCTION), "status": status, **asdict(you)})
+        self.history.append(Standings(client=name, connection=1, standings=standings, at=self.now))
+        self._followers.append(name)
+
     def leave(self, name: str) -> None:
         del self._watchers[name]
 
@@ -144,15 +160,22 @@ class House:
         if isinstance(decided, Rejection) or not decided:
             return decided
         known_by = None if isinstance(command, ExecuteDue | PayBack) else command_id(command)
-        public = []
+        public, told = [], []
         for event in decided:
+            concerned = list(notices(self.entity.state, event))
             recorded, row = self.entity.record(event, self.now, known_by, private)
             self.rows.append(row)
             public.append(recorded.public)
+            told += [noticed(self.entity, recorded, user, kind) for user, kind in concerned if kind != "raised"]
             known_by = private = None
         for name, connection in self._watchers.items():
             events = json.loads(encode_events(AUCTION, b",".join(public)))["events"]
             self.history.append(Events(client=name, connection=connection, auction=AUCTION, events=events, at=self.now))
+        for notice in told:
+            for name in self._followers:
+                if USERS[name] == notice.user:
+                    message = json.loads(encode_notice(notice))
+                    self.history.append(Notice(client=name, connection=1, auction=AUCTION, notice=message, at=self.now))
         return decided
 
 
@@ -162,6 +185,7 @@ def a_good_run() -> House:
     house.connect()
     house.open(make_terms(start_time=START, end_time=END, reserve_price=4_000, soft_close=SOFT_CLOSE))
     house.watch("guest")
+    house.follow("anna")
     house.bid("anna", 1_000)
     house.now = START
     house.bid("anna", 2_000)
@@ -172,6 +196,7 @@ def a_good_run() -> House:
     house.bid("cleo", 2_600)
     house.bid("ben", 2_700)
     house.leave("guest")
+    house.follow("cleo")
     house.now += 1_000
     house.bid("cleo", 5_000)
     house.bid("cleo", 6_000)
@@ -206,6 +231,7 @@ def test_a_good_history_passes() -> None:
     }
     assert judged(house) == []
     assert judged(house, outages=None, true_time=False) == []
+    assert judged(house, is_calm=True) == []
 
 
 def test_a_history_survives_its_file() -> None:
@@ -434,6 +460,48 @@ def bid_for_nobody(house: House) -> None:
     house.history[:] = [record for record in house.history if getattr(record, "client", None) != "ben"]
 
 
+def told(house: House, name: str) -> list[int]:
+    """Where a user was told something."""
+    return [place for place, record in enumerate(house.history) if isinstance(record, Notice) and record.client == name]
+
+
+def alter_notice(**changes: object) -> Doctor:
+    """Change what Anna is told first: that she leads."""
+
+    def doctor(house: House) -> None:
+        place = told(house, "anna")[0]
+        notice = house.history[place]
+        assert isinstance(notice, Notice)
+        house.history[place] = replace(notice, notice=notice.notice | changes)
+
+    return doctor
+
+
+def tell_twice(house: House) -> None:
+    place = told(house, "anna")[1]
+    house.history.insert(place, house.history[place])
+
+
+def tell_another(house: House) -> None:
+    """Cleo is told what concerns Anna."""
+    house.history[told(house, "anna")[0]] = replace(house.history[told(house, "anna")[0]], client="cleo")
+
+
+def tell_at_once(house: House) -> None:
+    """Anna is told before she has been told how she stands."""
+    del house.history[find(house, Standings, client="anna")]
+
+
+def alter_standing(house: House) -> None:
+    standings = house.history[find(house, Standings, client="cleo")]
+    assert isinstance(standings, Standings)
+    standings.standings[0]["max_amount"] += 1
+
+
+def keep_the_end_back(house: House) -> None:
+    del house.history[told(house, "cleo")[-1]]
+
+
 def lose_request(house: House) -> None:
     house.rows[0] = house.rows[0]._replace(command_id=b"open")
 
@@ -526,6 +594,16 @@ DOCTORED: list[tuple[str, Doctor]] = [
     ("refusal", change(Verdict, having={"code": "ended"}, code="not_found")),
     ("refusal", change(Verdict, having={"code": "ended"}, code="amount_invalid")),
     ("refusal", change(Verdict, having={"code": "ended"}, code="amount_too_large")),
+    ("notice", alter_notice(kind="outbid")),
+    ("notice", alter_notice(price=1)),
+    ("notice", alter_notice(seq=4)),
+    ("notice", alter_notice(seq=99)),
+    ("notice", tell_twice),
+    ("notice", tell_another),
+    ("notice", tell_at_once),
+    ("notice", alter_standing),
+    ("notice", keep_the_end_back),
+    ("notice", you_of_another),
     ("order", not_in_order),
     ("real_time", sent_late),
     ("sent", bid_for_nobody),
@@ -545,6 +623,13 @@ def test_a_broken_promise_is_caught_by_its_rule(rule: str, doctor: Doctor) -> No
     violations = judged(house)
     assert rule in {violation.rule for violation in violations}, violations
     assert all(str(violation) for violation in violations)
+
+
+def test_a_notice_may_be_swallowed_by_a_link_that_breaks_and_by_no_other() -> None:
+    house = a_good_run()
+    del house.history[told(house, "anna")[1]]
+    assert judged(house) == []
+    assert [violation.rule for violation in judged(house, is_calm=True)] == ["notice"]
 
 
 def test_without_one_order_clients_are_compared_with_themselves_alone() -> None:

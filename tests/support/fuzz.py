@@ -213,12 +213,15 @@ class Grammar:
         return values[int(self.randomness.random() * len(values))]
 
 
+TOPICS: Final = [b'"me"', *(b'"auction:%s"' % str(auction).encode() for auction in AUCTIONS)]
+
+
 def _auction(grammar: Grammar) -> bytes:
     return b'"%s"' % str(grammar.choice(AUCTIONS)).encode()
 
 
 def _topic(grammar: Grammar) -> bytes:
-    return b'"auction:%s"' % str(grammar.choice(AUCTIONS)).encode()
+    return grammar.choice(TOPICS)
 
 
 def _token(grammar: Grammar) -> bytes:

@@ -14,11 +14,14 @@ from actors.messages import (
     Answered,
     AuctionView,
     BidAccepted,
+    Follow,
     Message,
+    Noticed,
     Payload,
     Published,
     Recall,
     Request,
+    Unfollow,
     Watched,
 )
 from actors.shard import Shard
@@ -153,6 +156,11 @@ class Recorder:
     def published(self) -> list[Published]:
         return [message for message in self.messages if isinstance(message, Published)]
 
+    @property
+    def noticed(self) -> list[tuple[UUID, str, int]]:
+        """Who was told what, of which event."""
+        return [(told.user, told.kind, told.seq) for told in self.messages if isinstance(told, Noticed)]
+
     async def answer(self, request: int) -> Answer:
         while request not in self.answers:
             self._came.clear()
@@ -200,7 +208,7 @@ class House:
         self.died.set()
         raise Died(reason)
 
-    def take(self, outlet: Recorder, *payloads: Payload) -> list[int]:
+    def take(self, outlet: Recorder, *payloads: Payload | Follow | Unfollow) -> list[int]:
         """One turn; returns the numbers of its requests."""
         requests = [Request(self._requests + index, payload) for index, payload in enumerate(payloads, 1)]
         self._requests += len(payloads)

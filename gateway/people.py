@@ -1,0 +1,317 @@
+"""Users to sockets: who hears here what concerns whom, and how each of them stands in its auctions.
+
+A user's notices come on the links of all shards, from the moment of its first subscription here on; what it has missed
+until then stands in its standings. When a link was broken its users' standings are asked for anew, and what changed
+meanwhile is told as the notice that would have told it.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Collection, Coroutine
+from functools import partial
+from typing import Protocol
+from uuid import UUID
+
+from actors.messages import Answer, AuctionView, Follow, Followed, GetAuction, Noticed, Payload, Unfollow
+from engine.limits import FOLLOWED_AT_ONCE, LOOKUP_RETRY_MS, LOOKUPS_AT_ONCE, SECOND_MS, STANDINGS_MAX
+from engine.notices import NoticeKind
+from engine.rejections import INTERNAL, UNAVAILABLE, Rejection
+from gateway.catalogue import CatalogueUnavailable
+from gateway.fanout import Sink
+from gateway.wire import Standing, encode_notice
+
+logger = logging.getLogger(__name__)
+
+OnSubscribed = Callable[[list[Standing] | Rejection], None]
+
+
+class Shards(Protocol):
+    """The way to the shards; see `Router`."""
+
+    @property
+    def shards(self) -> Collection[int]:
+        """All of them."""
+
+    def shard_of(self, entity_id: UUID) -> int:
+        """The shard that serves this entity."""
+
+    def submit_to(self, shard: int, payload: Follow | Unfollow, on_answer: Callable[[Answer], None]) -> None:
+        """Send one shard what is about no auction."""
+
+    async def ask_shard(self, shard: int, payload: Follow) -> Answer:
+        """The same, and wait for the answer."""
+
+    async def ask(self, payload: Payload) -> Answer:
+        """Send a request and wait for its answer."""
+
+
+class _Refused(Exception):
+    """Something that it takes to know a user's standings cannot be had now."""
+
+    def __init__(self, rejection: Rejection) -> None:
+        super().__init__(rejection.message)
+        self.rejection = rejection
+
+
+class _Person:
+    """What is known of one user at this gateway."""
+
+    __slots__ = ("is_known", "sinks", "standings", "waiting")
+
+    def __init__(self) -> None:
+        self.waiting: dict[Sink, OnSubscribed] = {}
+        """Subscriptions that are not answered yet."""
+        self.sinks: dict[Sink, None] = {}
+        """The sockets that are sent its notices."""
+        self.standings: dict[UUID, tuple[int, Standing]] = {}
+        """How it stands in each of its auctions, and since which `seq` at the latest that is known."""
+        self.is_known = False
+        """Whether all its standings were read."""
+
+
+class People:
+    """The users with a socket here that asked for the topic `me`.
+
+    `list_joined` says in which auctions a user bids, or raises `CatalogueUnavailable`.
+    """
+
+    def __init__(self, shards: Shards, list_joined: Callable[[UUID], Awaitable[list[UUID]]]) -> None:
+        self._shards = shards
+        self._list_joined = list_joined
+        self._people: dict[UUID, _Person] = {}
+        self._user_by_sink: dict[Sink, UUID] = {}
+        self._missed: dict[UUID, set[int]] = {}
+        """Whose notices may have been missed, of which shards, in the order in which that is looked into."""
+        self._lookups = asyncio.Semaphore(LOOKUPS_AT_ONCE)
+        self._catching_up = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def follow(self, user: UUID, sink: Sink, on_subscribed: OnSubscribed) -> None:
+        """Let a socket hear what concerns its user. `on_subscribed` is called before the first notice is sent to it."""
+        person = self._people.get(user)
+        self._user_by_sink[sink] = user
+        if person is not None and person.is_known:
+            person.sinks[sink] = None
+            on_subscribed(_standings(person))
+            return
+        if person is None:
+            person = self._people[user] = _Person()
+            self._run(self._get_to_know(user, person))
+        person.waiting[sink] = on_subscribed
+
+    def drop(self, sink: Sink) -> None:
+        """Let a socket hear nothing more; the last one to leave ends its user's notices on the links."""
+        user = self._user_by_sink.pop(sink, None)
+        if user is None:
+            return
+        person = self._people[user]
+        person.sinks.pop(sink, None)
+        on_subscribed = person.waiting.pop(sink, None)
+        self._leave(user, person)
+        if on_subscribed is not None:
+            # A session counts on an answer to every subscription, also to one that it has left.
+            on_subscribed(UNAVAILABLE)
+
+    def noticed(self, noticed: Noticed) -> None:
+        """A notice came on a link."""
+        person = self._people.get(noticed.user)
+        if person is None:
+            # It was followed again after its last socket had left.
+            self._unfollow(noticed.user)
+            return
+        known = person.standings.get(noticed.auction)
+        if known is not None and noticed.seq <= known[0]:
+            return
+        _keep(person, noticed)
+        if noticed.kind != "raised" and person.sinks:
+            frame = encode_notice(noticed)
+            for sink in list(person.sinks):
+                sink.send(frame)
+
+    def follow_again(self, shard: int) -> None:
+        """A link has opened again: follow everybody there, and find out what was missed."""
+
+        def followed(users: list[UUID], answer: Answer) -> None:
+            # If it was not done, the link has broken once more, and will open once more.
+            if isinstance(answer, Followed):
+                self._catch_up_with(users, shard)
+
+        everybody = list(self._people)
+        for first in range(0, len(everybody), FOLLOWED_AT_ONCE):
+            users = everybody[first : first + FOLLOWED_AT_ONCE]
+            self._shards.submit_to(shard, Follow(users), partial(followed, users))
+
+    async def close(self) -> None:
+        """Give up what is being looked up."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # A user's first subscription here
+
+    async def _get_to_know(self, user: UUID, person: _Person) -> None:
+        """Follow a user, read its standings, and answer all who wait for them."""
+        try:
+            await self._follow(user)
+            async with self._lookups:
+                await self._look_up(user, person, self._shards.shards)
+        except Exception as error:
+            if not isinstance(error, _Refused):
+                logger.exception("the standings of %s could not be read", user)
+            refusal = error.rejection if isinstance(error, _Refused) else INTERNAL
+            self._refuse(user, person, refusal)
+        else:
+            self._answer(user, person)
+
+    async def _follow(self, user: UUID) -> None:
+        """Return when all shards tell of all that is not in the journal yet. Raises `_Refused`."""
+        shards = self._shards.shards
+        for answer in await asyncio.gather(*(self._shards.ask_shard(shard, Follow([user])) for shard in shards)):
+            _expect(answer, Followed)
+
+    def _answer(self, user: UUID, person: _Person) -> None:
+        person.is_known = True
+        waiting, person.waiting = person.waiting, {}
+        person.sinks = dict.fromkeys(waiting)
+        for on_subscribed in waiting.values():
+            on_subscribed(_standings(person))
+        self._leave(user, person)
+
+    def _refuse(self, user: UUID, person: _Person, refusal: Rejection) -> None:
+        del self._people[user]
+        self._unfollow(user)
+        for sink in person.waiting:
+            del self._user_by_sink[sink]
+        for on_subscribed in person.waiting.values():
+            on_subscribed(refusal)
+
+    def _leave(self, user: UUID, person: _Person) -> None:
+        """Forget a user whom nobody asks for any more, though not while it is being got to know."""
+        if person.is_known and not person.sinks:
+            del self._people[user]
+            self._unfollow(user)
+
+    def _unfollow(self, user: UUID) -> None:
+        for shard in self._shards.shards:
+            self._shards.submit_to(shard, Unfollow([user]), _ignore)
+
+    # Standings
+
+    async def _look_up(self, user: UUID, person: _Person, shards: Collection[int]) -> None:
+        """Bring a user's standings at some shards up to date, and tell what changed. Raises `_Refused`."""
+        try:
+            auctions = await self._list_joined(user)
+        except CatalogueUnavailable:
+            raise _Refused(UNAVAILABLE) from None
+        asked = [auction for auction in auctions if self._shards.shard_of(auction) in shards]
+        answers = await asyncio.gather(*(self._shards.ask(GetAuction(auction, user)) for auction in asked))
+        for answer in answers:
+            if isinstance(answer, AuctionView):
+                self._update(user, person, answer)
+            elif answer != INTERNAL:
+                # One that cannot be read is out of service alone.
+                _expect(answer, AuctionView)
+
+    def _update(self, user: UUID, person: _Person, view: AuctionView) -> None:
+        """An auction as it is now: to those who know how it was, what changed is news."""
+        assert view.you is not None, "it was listed for its bidder"
+        known = person.standings.get(view.snapshot.auction)
+        kind = _change(None if known is None else known[1], view)
+        found = Noticed(
+            user=user,
+            auction=view.snapshot.auction,
+            kind=kind,
+            seq=view.seq,
+            at=view.at,
+            price=view.snapshot.price,
+            minimum=view.snapshot.minimum,
+            end_time=view.snapshot.end_time,
+            status=view.snapshot.status,
+            outcome=view.snapshot.outcome,
+            you=view.you,
+        )
+        if person.is_known:
+            self.noticed(found)
+        elif known is None or view.seq > known[0]:
+            _keep(person, found)
+
+    # What was missed
+
+    def _catch_up_with(self, users: Collection[UUID], shard: int) -> None:
+        for user in users:
+            self._missed.setdefault(user, set()).add(shard)
+        # Half of what may be looked up at once is left to those who come.
+        while self._catching_up < LOOKUPS_AT_ONCE // 2:
+            self._catching_up += 1
+            self._run(self._catch_up())
+
+    async def _catch_up(self) -> None:
+        """Look into what was missed, user after user, until nobody is left."""
+        try:
+            while self._missed:
+                user = next(iter(self._missed))
+                shards = self._missed.pop(user)
+                person = self._people.get(user)
+                if person is not None and not await self._has_caught_up(user, person, shards):
+                    self._missed.setdefault(user, set()).update(shards)
+                    await asyncio.sleep(LOOKUP_RETRY_MS / SECOND_MS)
+        finally:
+            self._catching_up -= 1
+
+    async def _has_caught_up(self, user: UUID, person: _Person, shards: Collection[int]) -> bool:
+        try:
+            async with self._lookups:
+                await self._look_up(user, person, shards)
+        except _Refused:
+            return False
+        except Exception:
+            # One user's trouble is not another's.
+            logger.exception("the standings of %s could not be read", user)
+        return True
+
+    def _run(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _change(old: Standing | None, view: AuctionView) -> NoticeKind:
+    """What became of a standing, as the notice that tells it; `raised` where there is nothing to tell."""
+    you, status = view.you, view.snapshot.status
+    assert you is not None
+    if status == "cancelled":
+        return "cancelled"
+    if status == "ended":
+        return "won" if you.is_leading and view.snapshot.outcome == "sold" else "lost"
+    if old is None or you.is_leading != old.is_leading or (not you.is_leading and you.max_amount != old.max_amount):
+        return "winning" if you.is_leading else "outbid"
+    return "raised"
+
+
+def _keep(person: _Person, noticed: Noticed) -> None:
+    """Note how somebody stands now. Of too many auctions the one that is over is forgotten, or else the oldest."""
+    standing = Standing(
+        auction=noticed.auction,
+        paddle=noticed.you.paddle,
+        max_amount=noticed.you.max_amount,
+        is_leading=noticed.you.is_leading,
+        status=noticed.status,
+    )
+    person.standings[noticed.auction] = noticed.seq, standing
+    if len(person.standings) > STANDINGS_MAX:
+        over = (auction for auction, (_, one) in person.standings.items() if one.status in ("ended", "cancelled"))
+        del person.standings[next(over, next(iter(person.standings)))]
+
+
+def _standings(person: _Person) -> list[Standing]:
+    return [standing for _, standing in person.standings.values()]
+
+
+def _expect(answer: Answer, kind: type[Answer]) -> None:
+    if not isinstance(answer, kind):
+        raise _Refused(answer if isinstance(answer, Rejection) else INTERNAL)
+
+
+def _ignore(_answer: Answer) -> None:
+    """The answer to a request that has none."""

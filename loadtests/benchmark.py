@@ -1,0 +1,88 @@
+"""A whole benchmark: which subjects are started in which order, and what is measured of each."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+from loadtests.engine import Subject, own_engine
+from loadtests.measured import LoadFailed, Options, Run
+from loadtests.peers import running_peer, why_not
+from loadtests.scenarios import Scenario
+
+GAVEL: Final = "gavel"
+PEER_AUCTIONS: Final = 1_100
+"""As many as the scenarios want of one peer."""
+BROKE_OFF: Final = "broke off"
+"""What stands in place of the load where a scenario did not come to its end; the note says why."""
+LEFT_OUT: Final = "left out"
+
+
+@dataclass(frozen=True)
+class Stand:
+    """A subject that is started, and the scenarios that are run on it before it is stopped."""
+
+    subject: str
+    number: int
+    """Which repetition of these scenarios it is."""
+    scenarios: tuple[Scenario, ...]
+
+
+def plan(scenarios: Sequence[Scenario], repetitions: int | None, *, is_quick: bool, with_peers: bool) -> list[Stand]:
+    """All that a benchmark starts, in order.
+
+    Each run of a scenario gets a subject of its own, which remembers nothing, and the subjects take turns, so that they
+    have the same machine. A quick benchmark starts each subject once.
+    """
+    if is_quick:
+        subjects = dict.fromkeys(name for scenario in scenarios for name in scenario.subjects)
+        shared = [one for one in scenarios if not one.starts_its_own]
+        stands = [Stand(name, 0, tuple(one for one in shared if name in one.subjects)) for name in subjects]
+        stands += [Stand(GAVEL, 0, (one,)) for one in scenarios if one.starts_its_own]
+    else:
+        stands = [
+            Stand(name, number, (scenario,))
+            for scenario in scenarios
+            for number in range(repetitions or scenario.repetitions)
+            for name in scenario.subjects
+        ]
+    return [stand for stand in stands if stand.scenarios and (with_peers or stand.subject == GAVEL)]
+
+
+def measure(
+    stand: Stand, report: Callable[[str], None], *, is_quick: bool, running: Subject | None = None
+) -> list[Run]:
+    """Start a subject (unless one is `running`), run the scenarios on it, and stop it.
+
+    What goes wrong stands as a note in a run without figures: the rest of a benchmark shall not be lost for it.
+    """
+    if stand.subject != GAVEL and (reason := why_not(stand.subject)) is not None:
+        return [_without_figures(scenario, stand, LEFT_OUT, reason) for scenario in stand.scenarios]
+    runs: list[Run] = []
+    report("starting")
+    try:
+        with nullcontext(running) if running is not None else _started(stand) as subject:
+            for scenario in stand.scenarios:
+                options = Options(is_quick, stand.number, partial(_report_of, scenario, report))
+                try:
+                    runs += scenario.run(subject, options)
+                except LoadFailed as error:
+                    runs.append(_without_figures(scenario, stand, BROKE_OFF, str(error)))
+    except LoadFailed as error:
+        runs += [_without_figures(scenario, stand, BROKE_OFF, str(error)) for scenario in stand.scenarios]
+    return runs
+
+
+def _report_of(scenario: Scenario, report: Callable[[str], None], doing: str) -> None:
+    report(f"{scenario.name}: {doing}")
+
+
+def _started(stand: Stand) -> AbstractContextManager[Subject | None]:
+    if all(scenario.starts_its_own for scenario in stand.scenarios):
+        return nullcontext()
+    return own_engine() if stand.subject == GAVEL else running_peer(stand.subject, PEER_AUCTIONS)
+
+
+def _without_figures(scenario: Scenario, stand: Stand, load: str, reason: str) -> Run:
+    return Run(scenario.name, stand.subject, load, stand.number, notes=[reason])

@@ -1,0 +1,65 @@
+"""The scenario `connect`: how fast sockets are let in, and what they cost while nothing happens."""
+
+import asyncio
+import math
+from typing import Final
+
+import uvloop
+
+from engine.limits import HEARTBEAT_MS, SECOND_MS
+from loadtests.engine import Subject, cpu_seconds, memory_bytes
+from loadtests.measured import Options, Run, bottleneck_notes
+from loadtests.watchers import Watchers
+
+SOCKETS: Final = 10_000
+QUICK_SOCKETS: Final = 500
+IDLE_S: Final = 2 * HEARTBEAT_MS / SECOND_MS
+"""Whole heartbeats, so that the pings and pongs of each socket are in it."""
+QUICK_IDLE_S: Final = 2.0
+SETTLE_S: Final = 1.0
+DOORS: Final = ("gateway", "server")
+"""The roles of processes that hold sockets."""
+
+
+def run(subject: Subject, options: Options) -> list[Run]:
+    """Connect sockets, leave them alone for a while, then let them watch an auction. Raises `LoadFailed`.
+
+    The subject has just been started: a server that has held sockets before keeps memory for more.
+    """
+    return uvloop.run(_run(subject, options))
+
+
+async def _run(subject: Subject, options: Options) -> list[Run]:
+    sockets, idle_s = (QUICK_SOCKETS, QUICK_IDLE_S) if options.quick else (SOCKETS, IDLE_S)
+    (auction,) = subject.open_auctions(1)
+    processes = subject.processes()
+    doors = [pid for role in DOORS for pid in processes.get(role, [])]
+    run = Run("connect", subject.name, f"{sockets:,} sockets", options.number)
+    with Watchers(subject, sockets) as watchers:
+        await watchers.ready()
+        run.figures["empty_cpu_percent"] = await _cpu_percent(doors, idle_s / 10)
+        without, before = memory_bytes(doors), cpu_seconds({"": [watchers.pid]})[""]
+        options.report(f"connecting {sockets:,} sockets")
+        seconds = await watchers.connect()
+        run.figures["sockets_per_second"] = sockets / seconds
+        run.figures["generator_cpu_percent"] = 100 * (cpu_seconds({"": [watchers.pid]})[""] - before) / seconds
+        await asyncio.sleep(SETTLE_S)
+        run.figures["bytes_per_socket"] = (memory_bytes(doors) - without) / sockets
+        options.report(f"{sockets:,} sockets stand idle for {idle_s:.0f} s")
+        run.figures["idle_cpu_percent"] = await _cpu_percent(doors, idle_s)
+        await watchers.watch(auction)
+        await asyncio.sleep(SETTLE_S)
+        run.figures["bytes_per_watching_socket"] = (memory_bytes(doors) - without) / sockets
+    run.notes = bottleneck_notes(run.figures["generator_cpu_percent"])
+    if not doors:
+        for name in ("empty_cpu_percent", "idle_cpu_percent", "bytes_per_socket", "bytes_per_watching_socket"):
+            run.figures[name] = math.nan
+        run.notes.append("The processes of a server that we did not start are not known: no memory, no processor time.")
+    return [run]
+
+
+async def _cpu_percent(pids: list[int], seconds: float) -> float:
+    """What processes take of a core, over so many seconds."""
+    before = cpu_seconds({"": pids})[""]
+    await asyncio.sleep(seconds)
+    return 100 * (cpu_seconds({"": pids})[""] - before) / seconds

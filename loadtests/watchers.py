@@ -1,0 +1,312 @@
+"""Sockets that watch one auction, in a process of their own: which bid came to whose screen, and when.
+
+A socket's frame costs this process a search for its last `seq`, a comparison and three numbers in an array; what these
+say about latencies is computed after the load.
+"""
+
+import array
+import asyncio
+import gc
+import json
+import multiprocessing
+import signal
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any, Final, Self
+
+import numpy as np
+import numpy.typing as npt
+import uvloop
+
+from loadtests.clients import PLAIN, Client, Framing, connect, disconnect, raise_file_limit
+from loadtests.engine import Subject
+from loadtests.measured import NS_PER_S, Latencies, LoadFailed
+
+AT_ONCE: Final = 200
+"""So many sockets connect or subscribe at the same time."""
+SUBSCRIBE_TIMEOUT_S: Final = 15.0
+DRAIN_TIMEOUT_S: Final = 60.0
+LOOK_S: Final = 0.05
+END_TIMEOUT_S: Final = 5.0
+FRAMES_AT_ONCE: Final = 100_000
+"""Frames whose latencies are computed in one go."""
+
+_EVENTS: Final = b'{"type":"events"'
+_STATE: Final = b'{"type":"state"'
+_SEQ: Final = b'"seq":'
+
+Numbers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Bids:
+    """Bids that were acknowledged, by rising `seq`; times of `time.monotonic_ns`, which all processes share."""
+
+    seqs: Sequence[int]
+    scheduled_ns: Sequence[int]
+    """When each was to leave."""
+    ended_ns: int
+    """When the load was over."""
+
+
+@dataclass
+class Screens:
+    """What became of all pairs of a bid and a socket."""
+
+    latencies: Latencies = field(default_factory=Latencies)
+    """From the scheduled time of a bid to the first frame on a socket whose `seq` reaches the bid's."""
+    by_second: list[tuple[float, float]] = field(default_factory=list)
+    """The p99 in milliseconds of the bids of each second since the first."""
+    backlog: int = 0
+    """Pairs that were still to come when the load was over."""
+    drained_s: float = 0.0
+    """How long after the end of the load the last pair came."""
+    missing: int = 0
+    """Pairs that never came."""
+    frames: int = 0
+    lost: int = 0
+    """Sockets that the server has closed."""
+
+
+class Watchers:
+    """So many sockets in another process. `with` them: at the end that process is gone."""
+
+    def __init__(self, subject: Subject, sockets: int) -> None:
+        spawning = multiprocessing.get_context("spawn")
+        self._pipe, theirs = spawning.Pipe()
+        arguments = (theirs, subject.url, subject.framing, sockets)
+        self._process = spawning.Process(target=_main, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()
+
+    @property
+    def pid(self) -> int:
+        """The id of their process."""
+        assert self._process.pid is not None
+        return self._process.pid
+
+    async def ready(self) -> None:
+        """Return when their process can begin."""
+        await self._answer()
+
+    async def connect(self) -> float:
+        """Connect them all, as guests; how many seconds it took until the last was welcomed. Raises `LoadFailed`."""
+        seconds = await self._ask(None)
+        assert isinstance(seconds, float)
+        return seconds
+
+    async def watch(self, auction: str) -> None:
+        """Have them all subscribe to an auction. Raises `LoadFailed`."""
+        await self._ask(auction)
+
+    async def saw(self, bids: Bids) -> Screens:
+        """Wait until they have all seen the last of these bids, and say when they saw which."""
+        screens = await self._ask(bids)
+        assert isinstance(screens, Screens)
+        return screens
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # They end when nobody can ask them any more, unless they still wait for the last question's answer.
+        self._pipe.close()
+        self._process.join(END_TIMEOUT_S)
+        self._process.terminate()
+        self._process.join()
+
+    async def _ask(self, question: "str | Bids | None") -> object:
+        self._pipe.send(question)
+        return await self._answer()
+
+    async def _answer(self) -> object:
+        try:
+            answer = await asyncio.to_thread(self._pipe.recv)
+        except EOFError:
+            raise LoadFailed("the process of the watching sockets has died") from None
+        if isinstance(answer, LoadFailed):
+            raise answer
+        return answer
+
+
+# Their process
+
+
+class _Record:
+    """What all sockets together have seen."""
+
+    def __init__(self) -> None:
+        self.numbers = array.array("q")
+        """Three numbers a frame: when it came, and after which `seq` up to which it brought its socket."""
+        self.frame = b""
+        self.seq = 0
+        """The last frame, and its `seq`: most of them come to all sockets alike."""
+
+
+class _Watcher(Client):
+    def __init__(self, record: _Record, framing: Framing) -> None:
+        super().__init__(None, framing)
+        self.seq = -1
+        """The last one that it has seen."""
+        self.subscribed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._record = record
+        self._note = record.numbers.append
+
+    def on_message(self, message: bytes) -> None:
+        now_ns = time.monotonic_ns()
+        record = self._record
+        if message == record.frame:
+            seq = record.seq
+        elif message.startswith(_EVENTS):
+            seq = _number_after(message, message.rfind(_SEQ))
+            record.frame, record.seq = message, seq
+        elif message.startswith(_STATE):
+            seq = _number_after(message, message.find(_SEQ))
+            record.frame, record.seq = message, seq
+        else:
+            self._on_other(json.loads(message))
+            return
+        if seq > self.seq:
+            self._note(now_ns)
+            self._note(self.seq)
+            self._note(seq)
+            self.seq = seq
+
+    def on_lost(self) -> None:
+        if not self.subscribed.done():
+            self.subscribed.set_exception(LoadFailed(f"the server closed a watching socket ({self.lost})"))
+            # Nobody asks when it is lost before it was to subscribe.
+            self.subscribed.exception()
+
+    def _on_other(self, message: dict[str, Any]) -> None:
+        match message["type"]:
+            case "subscribed":
+                self.seq = message["seq"]
+                self.subscribed.set_result(None)
+            case "error" if not self.subscribed.done():
+                self.subscribed.set_exception(LoadFailed(f"the server lets nobody watch ({message['message']})"))
+
+
+def _number_after(message: bytes, place: int) -> int:
+    """The number behind the `"seq":` at this place."""
+    first = last = place + len(_SEQ)
+    while message[last : last + 1].isdigit():
+        last += 1
+    return int(message[first:last])
+
+
+def _main(pipe: "Connection[Any, Any]", url: str, framing: Framing, sockets: int) -> None:
+    # Ctrl-C is for whoever started us, and closes our pipe.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Unpickled it is another object, though the same in all its parts.
+    uvloop.run(_serve(pipe, url, PLAIN if framing == PLAIN else framing, sockets))
+
+
+async def _serve(pipe: "Connection[Any, Any]", url: str, framing: Framing, sockets: int) -> None:
+    """Do what the other end of the pipe asks for, until it is closed."""
+    raise_file_limit()
+    # Nothing here makes cycles, and looking for them among so many objects would take long.
+    gc.disable()
+    record = _Record()
+    watchers = [_Watcher(record, framing) for _ in range(sockets)]
+    pipe.send(None)
+    try:
+        while True:
+            question = await asyncio.to_thread(pipe.recv)
+            try:
+                pipe.send(await _answer(question, watchers, record, url))
+            except LoadFailed as failure:
+                pipe.send(failure)
+    except (EOFError, BrokenPipeError):
+        disconnect(watchers)
+
+
+async def _answer(question: str | Bids | None, watchers: list[_Watcher], record: _Record, url: str) -> object:
+    match question:
+        case Bids():
+            return await _saw(question, watchers, record)
+        case str():
+            await _watch(question, watchers)
+            return None
+        case None:
+            began_ns = time.monotonic_ns()
+            await connect(watchers, url, AT_ONCE)
+            return (time.monotonic_ns() - began_ns) / NS_PER_S
+
+
+async def _watch(auction: str, watchers: list[_Watcher]) -> None:
+    subscribe = json.dumps({"op": "subscribe", "ref": 1, "topic": f"auction:{auction}"}).encode()
+    try:
+        for first in range(0, len(watchers), AT_ONCE):
+            some = watchers[first : first + AT_ONCE]
+            for watcher in some:
+                watcher.send(subscribe)
+            async with asyncio.timeout(SUBSCRIBE_TIMEOUT_S):
+                await asyncio.gather(*(watcher.subscribed for watcher in some))
+    except TimeoutError:
+        raise LoadFailed(f"the server lets nobody watch within {SUBSCRIBE_TIMEOUT_S:.0f} s") from None
+
+
+async def _saw(bids: Bids, watchers: list[_Watcher], record: _Record) -> Screens:
+    deadline = time.monotonic() + DRAIN_TIMEOUT_S
+    last = bids.seqs[-1] if bids.seqs else 0
+    # To tell each of them what it waits for would make each of its frames dearer.
+    while _are_behind(watchers, last) and time.monotonic() < deadline:  # noqa: ASYNC110
+        await asyncio.sleep(LOOK_S)
+    frames = np.array(record.numbers, dtype=np.int64).reshape(-1, 3)
+    del record.numbers[:]
+    screens = screens_of(frames, bids, len(watchers))
+    screens.lost = sum(watcher.lost is not None for watcher in watchers)
+    return screens
+
+
+def _are_behind(watchers: Iterable[_Watcher], seq: int) -> bool:
+    return any(watcher.seq < seq and watcher.lost is None for watcher in watchers)
+
+
+# What the frames say
+
+
+def screens_of(frames: Numbers, bids: Bids, sockets: int) -> Screens:
+    """What became of the pairs of `bids` and so many sockets.
+
+    Args:
+        frames: a row a frame: when it came, and after which `seq` (exclusive) up to which (inclusive) it brought its
+            socket.
+        bids: see there.
+        sockets: how many watch.
+    """
+    screens = Screens(frames=len(frames))
+    seqs, scheduled_ns = np.array(bids.seqs, dtype=np.int64), np.array(bids.scheduled_ns, dtype=np.int64)
+    seen = in_time = 0
+    last_ns = bids.ended_ns
+    latencies_by_second: dict[int, Latencies] = {}
+    for came_ns, due_ns in _pairs(frames, seqs, scheduled_ns):
+        seen += len(came_ns)
+        in_time += int((came_ns <= bids.ended_ns).sum())
+        last_ns = max(last_ns, int(came_ns.max()))
+        seconds = (due_ns - scheduled_ns[0]) // NS_PER_S
+        for second in np.unique(seconds):
+            chosen = seconds == second
+            latencies_by_second.setdefault(int(second), Latencies()).add_many((came_ns - due_ns)[chosen])
+    for second, latencies in sorted(latencies_by_second.items()):
+        screens.by_second.append((float(second), latencies.percentile_ms(99)))
+        screens.latencies.merge(latencies)
+    screens.missing = len(seqs) * sockets - seen
+    screens.backlog = len(seqs) * sockets - in_time
+    screens.drained_s = (last_ns - bids.ended_ns) / NS_PER_S
+    return screens
+
+
+def _pairs(frames: Numbers, seqs: Numbers, scheduled_ns: Numbers) -> Iterator[tuple[Numbers, Numbers]]:
+    """When a frame brought a bid to a socket, and when that bid was to leave; for all pairs, some at a time."""
+    for first in range(0, len(frames), FRAMES_AT_ONCE):
+        came_ns, after, up_to = frames[first : first + FRAMES_AT_ONCE].T
+        begins, ends = np.searchsorted(seqs, after, "right"), np.searchsorted(seqs, up_to, "right")
+        counts = ends - begins
+        # For each frame the bids from its first on: begin, begin + 1, …
+        steps = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        if len(steps):
+            yield np.repeat(came_ns, counts), scheduled_ns[np.repeat(begins, counts) + steps]

@@ -1,0 +1,1 @@
+"""Tests of what the benchmark and the swarms are made of."""

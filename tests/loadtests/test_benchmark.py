@@ -1,0 +1,60 @@
+"""The order of a benchmark, and what becomes of a scenario that breaks off."""
+
+from typing import Any
+
+import pytest
+
+from loadtests import benchmark
+from loadtests.benchmark import BROKE_OFF, LEFT_OUT, Stand, measure, plan
+from loadtests.measured import LoadFailed, Options, Run
+from loadtests.scenarios import SCENARIOS, Scenario
+
+BIDS = SCENARIOS["bids"]
+
+
+class Fails(Scenario):
+    def run(self, subject: Any, options: Options) -> list[Run]:
+        options.report("trying")
+        raise LoadFailed("the server does not answer")
+
+
+class Measures(Scenario):
+    def run(self, subject: Any, options: Options) -> list[Run]:
+        return [Run(self.name, "gavel", "a load", options.number)]
+
+
+def test_subjects_take_turns_in_each_repetition() -> None:
+    stands = plan([BIDS], 2, is_quick=False, with_peers=True)
+    assert [(stand.subject, stand.number) for stand in stands] == [
+        (subject, number) for number in range(2) for subject in BIDS.subjects
+    ]
+
+
+def test_without_peers_only_gavel_is_measured() -> None:
+    stands = plan(list(SCENARIOS.values()), None, is_quick=False, with_peers=False)
+    assert {stand.subject for stand in stands} == {"gavel"}
+    assert len(stands) == sum(scenario.repetitions for scenario in SCENARIOS.values())
+
+
+def test_a_quick_benchmark_starts_each_subject_once_and_runs_all() -> None:
+    stands = plan(list(SCENARIOS.values()), None, is_quick=True, with_peers=True)
+    shared = [stand.subject for stand in stands if not stand.scenarios[0].starts_its_own]
+    assert len(shared) == len(set(shared))
+    ran = {(stand.subject, scenario.name) for stand in stands for scenario in stand.scenarios}
+    assert ran == {(subject, name) for name, scenario in SCENARIOS.items() for subject in scenario.subjects}
+
+
+def test_what_breaks_off_costs_nothing_else() -> None:
+    said: list[str] = []
+    stand = Stand("gavel", 1, (Fails("bids", "", starts_its_own=True), Measures("timers", "", starts_its_own=True)))
+    failed, measured = measure(stand, said.append, is_quick=True)
+    assert (failed.scenario, failed.load, failed.notes) == ("bids", BROKE_OFF, ["the server does not answer"])
+    assert (measured.scenario, measured.load, measured.number) == ("timers", "a load", 1)
+    assert said == ["starting", "bids: trying"]
+
+
+def test_a_peer_that_cannot_run_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "why_not", lambda name: f"{name} was left out, for Node is missing.")
+    (left_out,) = measure(Stand("ws", 0, (SCENARIOS["fanout"],)), lambda _: None, is_quick=True)
+    assert (left_out.subject, left_out.load) == ("ws", LEFT_OUT)
+    assert left_out.notes == ["ws was left out, for Node is missing."]
