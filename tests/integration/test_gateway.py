@@ -141,7 +141,7 @@ class Client:
             kept = {event["seq"]: event for event in message["events"]}
             self._take([kept.get(seq, {"seq": seq}) for seq in range(self._seq + 1, message["seq"] + 1)])
         else:
-            if message["type"] == "subscribed":
+            if message["type"] == "subscribed" and message["topic"] != "me":
                 self._seq = message["seq"]
             self.answers.setdefault(message.get("ref"), []).append(message)
 
