@@ -111,8 +111,8 @@ LINK_BATCH_MAX = 64
 LINK_IN_FLIGHT_MAX = 8_192
 """Requests that a gateway has with a shard, or keeps for one that is away."""
 LINK_LINE_MAX = 512
-"""So many of these, and a bid is `busy`. Two shards on one slow core do what they may have in 0.06 s, so that a bid
-that is taken waits hardly longer, and it takes a pause of 0.1 s to refuse any of 5,000 bids a second."""
+"""So many of these, and a bid is `busy`. Two shards on one slow core do as many each in 0.06 s, so that a bid that is
+taken waits hardly longer; and only after a pause of 0.1 s is any of 5,000 bids a second refused."""
 LINK_OUTPUT_BYTES = 1024 * 1024
 """About so much a shard puts into one frame."""
 LINK_FOLD_BYTES = 4 * 1024 * 1024
@@ -132,7 +132,7 @@ STANDINGS_MAX = 100
 """Auctions of which a gateway tells one user how it stands: those that are open, and then the newest of the others."""
 STANDINGS_MS = DAY_MS
 """So long after its end an auction is among a user's standings."""
-LOOKUPS_AT_ONCE = 8
+LOOKUPS_AT_ONCE = 4
 """Users whose standings a gateway asks for at the same time."""
 LOOKUP_RETRY_MS = 1 * SECOND_MS
 
@@ -200,7 +200,8 @@ assert SOCKET_BEHIND_BYTES < SOCKET_WRITE_BYTES_MAX
 assert TOPIC_EVENTS_BYTES_MAX + TOPIC_KEPT_BYTES_MAX < SOCKET_WRITE_BYTES_MAX
 assert FOLLOWED_MAX >= SOCKETS_MAX
 assert FOLLOWED_AT_ONCE * 32 <= FRAME_BYTES_MAX
-assert STANDINGS_MAX * LOOKUPS_AT_ONCE <= WAKING_MAX
+# What is looked up leaves room for bids.
+assert STANDINGS_MAX * LOOKUPS_AT_ONCE < LINK_LINE_MAX < WAKING_MAX
 assert LINK_PING_MS * 2 < LINK_DEAD_MS
 assert ALIVE_MS * 2 <= OUTAGE_MS < OWNER_SILENT_MS
 assert SOFT_CLOSE_EXTENSION_MS_MAX <= SOFT_CLOSE_TOTAL_MS_MAX

@@ -82,6 +82,10 @@ class People:
         self._user_by_sink: dict[Sink, UUID] = {}
         self._missed: dict[UUID, set[int]] = {}
         """Whose notices may have been missed, of which shards, in the order in which that is looked into."""
+        self._newcomers: list[UUID] = []
+        self._following = asyncio.Lock()
+        self._followed: dict[UUID, Answer] = {}
+        """What came of following those who still wait for it."""
         self._lookups = asyncio.Semaphore(LOOKUPS_AT_ONCE)
         self._catching_up = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -136,10 +140,8 @@ class People:
             if isinstance(answer, Followed):
                 self._catch_up_with(users, shard)
 
-        everybody = list(self._people)
-        for first in range(0, len(everybody), FOLLOWED_AT_ONCE):
-            users = everybody[first : first + FOLLOWED_AT_ONCE]
-            self._shards.submit_to(shard, Follow(users), partial(followed, users))
+        for follow in _follows(list(self._people)):
+            self._shards.submit_to(shard, follow, partial(followed, follow.users))
 
     async def close(self) -> None:
         """Give up what is being looked up."""
@@ -165,10 +167,25 @@ class People:
             self._answer(user, person)
 
     async def _follow(self, user: UUID) -> None:
-        """Return when all shards tell of all that is not in the journal yet. Raises `_Refused`."""
-        shards = self._shards.shards
-        for answer in await asyncio.gather(*(self._shards.ask_shard(shard, Follow([user])) for shard in shards)):
-            _expect(answer, Followed)
+        """Return when all shards tell of all that is not in the journal yet. Raises `_Refused`.
+
+        All who come while others are being followed are followed together: bids should find room on the links, whoever
+        comes back at once.
+        """
+        self._newcomers.append(user)
+        async with self._following:
+            if user not in self._followed:
+                newcomers, self._newcomers = self._newcomers, []
+                answers = await asyncio.gather(
+                    *(
+                        self._shards.ask_shard(shard, follow)
+                        for follow in _follows(newcomers)
+                        for shard in self._shards.shards
+                    )
+                )
+                worst = next((answer for answer in answers if not isinstance(answer, Followed)), Followed())
+                self._followed |= dict.fromkeys(newcomers, worst)
+        _expect(self._followed.pop(user), Followed)
 
     def _answer(self, user: UUID, person: _Person) -> None:
         person.is_known = True
@@ -274,6 +291,10 @@ class People:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _follows(users: list[UUID]) -> list[Follow]:
+    return [Follow(users[first : first + FOLLOWED_AT_ONCE]) for first in range(0, len(users), FOLLOWED_AT_ONCE)]
 
 
 def _change(old: Standing | None, view: AuctionView) -> NoticeKind:

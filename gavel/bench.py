@@ -15,8 +15,8 @@ from loadtests.scenarios import SCENARIOS
 
 if TYPE_CHECKING:
     from loadtests.benchmark import Stand
-    from loadtests.engine import Subject
     from loadtests.measured import Run
+    from loadtests.subjects import Subject
 
 OUTPUT: Final = "gavel-bench"
 _LIST: Final = "\n".join(f"  {scenario.name:<10}{scenario.about}" for scenario in SCENARIOS.values())
@@ -145,8 +145,8 @@ def _running(url: str | None, data_dir: Path | None) -> "Subject | None":
     if url is None:
         return None
     from gavel.settings import load_settings
-    from loadtests.engine import Engine
     from loadtests.measured import LoadFailed
+    from loadtests.subjects import Engine
 
     try:
         return Engine(url, load_settings(data_dir=data_dir).data_dir)

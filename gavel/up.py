@@ -78,7 +78,8 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack, stop: asy
     log_dir = stack.enter_context(_data_folder(settings.data_dir))
     output = stack.enter_context(_output_of_our_own(log_dir))
     port = stack.enter_context(_reserved_port(settings.host, settings.port))
-    _say_how_many_sockets()
+    # Whatever is started from here on may open as many.
+    files = raise_file_limit()
     keys = ensure_keys(settings.data_dir)
     _provide_secret(settings)
     database_url = settings.database_url
@@ -96,12 +97,12 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack, stop: asy
     click.echo(f"ready {url}", file=output)
     if is_demo:
         await stack.enter_async_context(_demo(url, keys))
+    _say_how_many_sockets(files)
     _say(f"press Ctrl-C to stop; the description of the API is at {url}/docs")
 
 
-def _say_how_many_sockets() -> None:
-    """Take all the files that we may have, which gateways inherit, and say so if it is few of them."""
-    files = raise_file_limit()
+def _say_how_many_sockets(files: int) -> None:
+    """Say so if a gateway has fewer than it could, for want of files."""
     sockets = sockets_for(files)
     if sockets < SOCKETS_MAX:
         _say(

@@ -18,8 +18,8 @@ import uvloop
 
 from loadtests import journal
 from loadtests.clients import TIMEOUT_S, Client, connect, disconnect
-from loadtests.engine import Engine, memory_bytes, own_engine
 from loadtests.measured import Latencies, LoadFailed, Options, Run
+from loadtests.subjects import Engine, memory_bytes, own_engine
 
 AUCTIONS: Final = 100_000
 QUICK_AUCTIONS: Final = 1_000

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from loadtests.engine import Subject, own_engine
 from loadtests.measured import LoadFailed, Options, Run
 from loadtests.peers import running_peer, why_not
 from loadtests.scenarios import Scenario
+from loadtests.subjects import Subject, own_engine
 
 GAVEL: Final = "gavel"
 PEER_AUCTIONS: Final = 1_100

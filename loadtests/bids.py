@@ -20,8 +20,8 @@ import numpy as np
 import uvloop
 
 from loadtests.clients import Client, Pace, connect, disconnect
-from loadtests.engine import Subject, cpu_seconds
 from loadtests.measured import NS_PER_S, GeneratorMeter, Latencies, LoadFailed, Options, Run, bottleneck_notes
+from loadtests.subjects import Subject, cpu_seconds
 
 SOCKETS: Final = 500
 AUCTIONS: Final = 1_000
@@ -33,7 +33,7 @@ SECONDS: Final = 6.0
 WARM_UP: Final = 1 / 6
 """This share of a load, at its beginning, is not measured."""
 RATES: Final = (100, 1_000, 10_000)
-QUICK_RATES: Final = (1_000,)
+QUICK_RATES: Final = (100,)
 KEPT_UP: Final = 0.9
 """A subject that acknowledges less than this share of what it is sent is spared higher rates."""
 

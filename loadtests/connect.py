@@ -7,15 +7,15 @@ from typing import Final
 import uvloop
 
 from engine.limits import HEARTBEAT_MS, SECOND_MS
-from loadtests.engine import Subject, cpu_seconds, memory_bytes
 from loadtests.measured import Options, Run, bottleneck_notes
+from loadtests.subjects import Subject, cpu_seconds, memory_bytes
 from loadtests.watchers import Watchers
 
 SOCKETS: Final = 10_000
 QUICK_SOCKETS: Final = 500
 IDLE_S: Final = 2 * HEARTBEAT_MS / SECOND_MS
 """Whole heartbeats, so that the pings and pongs of each socket are in it."""
-QUICK_IDLE_S: Final = 2.0
+QUICK_IDLE_S: Final = 0.5
 SETTLE_S: Final = 1.0
 DOORS: Final = ("gateway", "server")
 """The roles of processes that hold sockets."""
@@ -38,21 +38,31 @@ async def _run(subject: Subject, options: Options) -> list[Run]:
     with Watchers(subject, sockets) as watchers:
         await watchers.ready()
         run.figures["empty_cpu_percent"] = await _cpu_percent(doors, idle_s / 10)
-        without, before = memory_bytes(doors), cpu_seconds({"": [watchers.pid]})[""]
+        without = memory_bytes(doors)
+        both = {"doors": doors, "watchers": [watchers.pid]}
+        before = cpu_seconds(both)
         options.report(f"connecting {sockets:,} sockets")
         seconds = await watchers.connect()
+        after = cpu_seconds(both)
         run.figures["sockets_per_second"] = sockets / seconds
-        run.figures["generator_cpu_percent"] = 100 * (cpu_seconds({"": [watchers.pid]})[""] - before) / seconds
+        run.figures["cpu_us_per_socket"] = 1_000_000 * (after["doors"] - before["doors"]) / sockets
+        run.figures["generator_cpu_percent"] = 100 * (after["watchers"] - before["watchers"]) / seconds
         await asyncio.sleep(SETTLE_S)
         run.figures["bytes_per_socket"] = (memory_bytes(doors) - without) / sockets
-        options.report(f"{sockets:,} sockets stand idle for {idle_s:.0f} s")
+        options.report(f"{sockets:,} sockets stand idle for {idle_s:g} s")
         run.figures["idle_cpu_percent"] = await _cpu_percent(doors, idle_s)
         await watchers.watch(auction)
         await asyncio.sleep(SETTLE_S)
         run.figures["bytes_per_watching_socket"] = (memory_bytes(doors) - without) / sockets
     run.notes = bottleneck_notes(run.figures["generator_cpu_percent"])
     if not doors:
-        for name in ("empty_cpu_percent", "idle_cpu_percent", "bytes_per_socket", "bytes_per_watching_socket"):
+        for name in (
+            "empty_cpu_percent",
+            "cpu_us_per_socket",
+            "idle_cpu_percent",
+            "bytes_per_socket",
+            "bytes_per_watching_socket",
+        ):
             run.figures[name] = math.nan
         run.notes.append("The processes of a server that we did not start are not known: no memory, no processor time.")
     return [run]

@@ -14,8 +14,8 @@ import msgspec
 import uvloop
 
 from loadtests.clients import Client, Framing, Pace, connect, disconnect
-from loadtests.engine import Subject, cpu_seconds
 from loadtests.measured import GeneratorMeter, Latencies, LoadFailed, Options, Run, bottleneck_notes
+from loadtests.subjects import Subject, cpu_seconds
 from loadtests.watchers import Bids, Screens, Watchers
 
 SOCKETS: Final = 10_000
@@ -26,8 +26,8 @@ RATES_FOLDED: Final = (2, 20, 100)
 of these rates, and would fill the memory with what they cannot send."""
 WARM_UP_S: Final = 5.0
 SECONDS: Final = 20.0
-QUICK_WARM_UP_S: Final = 0.5
-QUICK_SECONDS: Final = 1.5
+QUICK_WARM_UP_S: Final = 0.25
+QUICK_SECONDS: Final = 0.75
 STEP: Final = 1_000
 """By so much each maximum is over the one before."""
 ANSWER_TIMEOUT_S: Final = 30.0

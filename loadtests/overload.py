@@ -14,8 +14,8 @@ from typing import Final
 import uvloop
 
 from loadtests.bids import AUCTIONS, QUICK_AUCTIONS, QUICK_SOCKETS, SOCKETS, OpenLoop
-from loadtests.engine import Subject
 from loadtests.measured import LoadFailed, Options, Run
+from loadtests.subjects import Subject
 
 TWICE: Final = "twice the knee"
 """The name of the load that says what an engine does when it is asked for too much."""

@@ -19,8 +19,8 @@ import uvloop
 
 from loadtests import journal
 from loadtests.clients import Client, Pace, connect, disconnect
-from loadtests.engine import Subject
 from loadtests.measured import NS_PER_S, GeneratorMeter, Latencies, LoadFailed, Options, Run, bottleneck_notes
+from loadtests.subjects import Subject
 
 KILLS: Final = 20
 QUICK_KILLS: Final = 2

@@ -5,8 +5,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from loadtests.engine import Subject
     from loadtests.measured import Options, Run
+    from loadtests.subjects import Subject
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import uvloop
 
 from engine.limits import SECOND_MS, SUBSCRIPTIONS_MAX
 from loadtests.clients import Client, connect, disconnect
-from loadtests.engine import Subject
 from loadtests.measured import NS_PER_MS, GeneratorMeter, Latencies, LoadFailed, Options, Run, bottleneck_notes
+from loadtests.subjects import Subject
 
 OPEN: Final = 10_000
 DUE: Final = 1_000

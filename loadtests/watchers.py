@@ -21,8 +21,8 @@ import numpy.typing as npt
 import uvloop
 
 from loadtests.clients import PLAIN, Client, Framing, connect, disconnect, raise_file_limit
-from loadtests.engine import Subject
 from loadtests.measured import NS_PER_S, Latencies, LoadFailed
+from loadtests.subjects import Subject
 
 AT_ONCE: Final = 200
 """So many sockets connect or subscribe at the same time."""

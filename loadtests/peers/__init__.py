@@ -24,8 +24,8 @@ from uuid import UUID
 
 from engine.commands import Role
 from loadtests.clients import PLAIN, Framing
-from loadtests.engine import processes_of, started
 from loadtests.measured import LoadFailed
+from loadtests.subjects import processes_of, started
 
 IN_PYTHON: Final = ("row_lock", "ray_calls")
 IN_JAVASCRIPT: Final = {"ws": "ws.js", "socketio": "socketio.js"}

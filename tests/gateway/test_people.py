@@ -209,6 +209,23 @@ async def test_connections_that_come_at_once_are_answered_by_one_look(hall: Hall
     assert [socket.log for socket in sockets] == [[[standing()]], [[standing()]]]
 
 
+async def test_all_who_come_while_others_are_followed_are_followed_together(
+    hall: Hall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(people, "FOLLOWED_AT_ONCE", 2)
+    hall.go_on.clear()
+    users = [UUID(int=number) for number in range(1, 5)]
+    sockets = [Socket() for _ in users]
+    for user, socket in zip(users, sockets, strict=True):
+        hall.people.follow(user, socket, socket.subscribed)
+        await quiet()
+    hall.go_on.set()
+    await turns(lambda: all(socket.log for socket in sockets))
+    parts = [Follow(users[:1]), Follow(users[1:3]), Follow(users[3:])]
+    assert hall.pop() == [(shard, part) for part in parts for shard in (0, 1)]
+    assert hall.people._followed == {}
+
+
 async def test_others_are_told_nothing(hall: Hall) -> None:
     anna, ben = await hall.follow(ANNA), await hall.follow(BEN)
     hall.people.noticed(noticed(2, "winning", user=BEN))
@@ -300,6 +317,17 @@ async def test_a_fault_is_answered(hall: Hall, caplog: pytest.LogCaptureFixture)
     with caplog.at_level(logging.ERROR):
         assert (await hall.follow()).log == ["internal"]
     assert "KeyError" in caplog.text
+
+
+async def test_a_gateway_that_goes_looks_nobody_up_any_more(hall: Hall) -> None:
+    hall.go_on.clear()
+    socket = Socket()
+    hall.people.follow(ANNA, socket, socket.subscribed)
+    await quiet()
+    await hall.people.close()
+    hall.go_on.set()
+    await quiet()
+    assert (socket.log, hall.people._tasks) == ([], set())
 
 
 # After a broken link

@@ -37,8 +37,8 @@ async def client(world: World, pool: asyncpg.Pool) -> AsyncIterator[httpx.AsyncC
             [row[:7] for row in rows],
         )
         await pool.execute(
-            "INSERT INTO entities (entity_id, slot, kind, owner_id, status, due_at, window_ms, created_at) "
-            "VALUES ($1, $2, $3, $4, $5, $6, $7, $8) "
+            "INSERT INTO entities (entity_id, slot, kind, owner_id, status, due_at, window_ms, created_at, ended_at) "
+            "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) "
             "ON CONFLICT (entity_id) DO UPDATE SET status = excluded.status, due_at = excluded.due_at",
             *entity,
         )

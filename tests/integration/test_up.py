@@ -270,9 +270,6 @@ def _opening(file: Path, mode: str) -> Iterator["subprocess.Popen[bytes]"]:
         ),
     ],
 )
-def test_too_few_files_are_told_of(
-    files: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(up, "raise_file_limit", lambda: files)
-    up._say_how_many_sockets()
+def test_too_few_files_are_told_of(files: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    up._say_how_many_sockets(files)
     assert capsys.readouterr().err == said
