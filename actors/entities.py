@@ -15,7 +15,7 @@ from actors.messages import AuctionView, BidAccepted, You
 from engine import chain
 from engine.auction import Auction, due_at, evolve, outage_window_ms, snapshot
 from engine.events import KINDS, VERSION, BidPlaced, Event, MaximumRaised, decode, encode
-from engine.limits import RESUME_EVENTS_MAX
+from engine.limits import RESUME_EVENTS_MAX, TOPIC_EVENTS_BYTES_MAX
 from engine.public import encode_public
 
 NO_SNAPSHOT: Final = 0
@@ -109,11 +109,21 @@ class Entity:
             return None
         return self.recent[seq - self.recent[0].seq]
 
-    def missed(self, since: int) -> list[Recorded] | None:
-        """The events after `since`, or None where they are not all in memory, or `since` lies ahead."""
-        if not 0 <= since <= self.seq or self.seq - since > len(self.recent):
-            return None
+    def missed(self, since: int | None) -> list[Recorded]:
+        """The events after `since`, as far as they are in memory; without it the last ones, for others to ask for."""
+        if since is None:
+            return self._last(TOPIC_EVENTS_BYTES_MAX)
         return [recorded for recorded in self.recent if recorded.seq > since]
+
+    def _last(self, bytes_max: int) -> list[Recorded]:
+        """As many of the last events as fit into so many bytes of JSON, with a comma behind each."""
+        found: deque[Recorded] = deque()
+        for recorded in reversed(self.recent):
+            bytes_max -= len(recorded.public) + 1
+            if bytes_max < 0:
+                break
+            found.appendleft(recorded)
+        return list(found)
 
     def snapshot_row(self) -> SnapshotRow:
         """The state as it is now, to be kept once the event `seq` is committed."""

@@ -30,14 +30,17 @@ from actors.messages import (
     Noticed,
     Output,
     Payload,
+    Presence,
     Proof,
     Published,
     Recall,
     Request,
     ShardFrame,
-    Subscribe,
     Unfollow,
     Unsubscribe,
+    Viewers,
+    Watch,
+    Watched,
     Welcome,
     decode_gateway_frame,
     decode_shard_frame,
@@ -51,6 +54,7 @@ from engine.limits import (
     COMMAND_TIMEOUT_MS,
     LINK_BATCH_MAX,
     LINK_DEAD_MS,
+    LINK_FOLD_BYTES,
     LINK_GREETING_MS,
     LINK_IN_FLIGHT_MAX,
     LINK_LINE_MAX,
@@ -66,12 +70,14 @@ logger = logging.getLogger(__name__)
 _NONCE_BYTES: Final = 32
 _HEADER_BYTES: Final = 14
 """The longest header of a frame (RFC 6455, section 5.2)."""
+_UNANSWERED: Final = (Unsubscribe, Viewers, Unfollow)
+"""What is told and has no answer. A link that breaks takes it along."""
 _DEATHS_MAX: Final = 2
 """A command that was in flight at so many deaths of a shard is not sent again: it may be what kills it."""
 _MESSAGE_BYTES: Final = 256
 """About the size of an answer without events."""
 _RETRY_S: Final = 0.05
-_UNBOUNDED: Final = (Subscribe, Unsubscribe, Follow, Unfollow)
+_UNBOUNDED: Final = (Watch, Follow, *_UNANSWERED)
 
 
 def send(transport: picows.WSTransport, message: GatewayFrame | ShardFrame) -> None:
@@ -143,6 +149,25 @@ class LinkServer:
             end.close()
 
 
+class _Fold:
+    """Events of one topic that are held back from a gateway that is behind: what they led to, and what is kept."""
+
+    __slots__ = ("first", "kept", "last", "snapshot")
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+        self.last = first - 1
+        self.kept: list[bytes] = []
+        self.snapshot: bytes | None = None
+
+    def add(self, published: Published) -> None:
+        assert published.first == self.last + 1
+        self.last = published.last
+        self.snapshot = published.snapshot
+        if published.kept:
+            self.kept.append(published.kept)
+
+
 class _ShardEnd(picows.WSListener):
     """One link, at the shard. It is the shard's outlet to this gateway."""
 
@@ -152,17 +177,31 @@ class _ShardEnd(picows.WSListener):
         self._epoch = server.epoch()
         self._is_open = False
         self.is_gone = False
+        self._is_behind = False
+        """Much is unread at the gateway: events are folded."""
+        self._folds: dict[UUID, _Fold] = {}
+        self._kept_bytes = 0
+        """What is kept in the folds."""
         self._transport: picows.WSTransport
         self._pulse: _Pulse
         self._greeting_timer: asyncio.TimerHandle
 
     def deliver(self, messages: list[Message]) -> None:
-        """See `Outlet`: out at once; a gateway that does not read is cut off and comes back."""
+        """See `Outlet`: out at once, but for events to a gateway that is behind; they wait, folded by topic.
+
+        A gateway that does not read at all is cut off and comes back.
+        """
         part: list[Message] = []
         part_bytes = 0
         for message in messages:
+            if isinstance(message, Published) and (self._is_behind or message.topic in self._folds):
+                self._fold(message)
+                continue
+            if self._folds and isinstance(message, Answered) and isinstance(message.answer, Watched):
+                # Before it the topic's events up to its `seq` must have come.
+                part += self._unfold(message.answer.auction, message.answer.snapshot)
             part.append(message)
-            part_bytes += _MESSAGE_BYTES + _events_bytes(message)
+            part_bytes += _message_bytes(message)
             if part_bytes >= LINK_OUTPUT_BYTES:
                 self._send(part)
                 part, part_bytes = [], 0
@@ -172,15 +211,36 @@ class _ShardEnd(picows.WSListener):
         if self.is_gone or not messages:
             return
         send(self._transport, Output(messages))
-        if self._transport.underlying_transport.get_write_buffer_size() > LINK_WRITE_BYTES_MAX:
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        if self._transport.underlying_transport.get_write_buffer_size() + self._kept_bytes > LINK_WRITE_BYTES_MAX:
             logger.warning("a gateway does not read its link: it is cut off")
             self.close()
+
+    def _fold(self, published: Published) -> None:
+        fold = self._folds.get(published.topic)
+        if fold is None:
+            fold = self._folds[published.topic] = _Fold(published.first)
+        fold.add(published)
+        self._kept_bytes += len(published.kept)
+        self._check_budget()
+
+    def _unfold(self, topic: UUID, snapshot: bytes | None) -> list[Message]:
+        """What is held back of a topic, as one message. `snapshot` is of its end, if that is known."""
+        fold = self._folds.pop(topic, None)
+        if fold is None:
+            return []
+        kept = b",".join(fold.kept)
+        self._kept_bytes -= sum(map(len, fold.kept))
+        return [Published(topic, fold.first, fold.last, None, kept, fold.snapshot or snapshot)]
 
     def close(self) -> None:
         self._transport.disconnect(graceful=False)
 
     def on_ws_connected(self, transport: picows.WSTransport) -> None:
         self._transport = transport
+        transport.underlying_transport.set_write_buffer_limits(high=LINK_FOLD_BYTES)
         self._pulse = _Pulse(transport)
         self._server.ends[self] = None
         self._greeting_timer = asyncio.get_running_loop().call_later(LINK_GREETING_MS / SECOND_MS, self.close)
@@ -208,10 +268,19 @@ class _ShardEnd(picows.WSListener):
         self._server.shard.leave(self)
 
     def pause_writing(self) -> None:
-        """The write budget is checked at each delivery."""
+        """The gateway is behind."""
+        self._is_behind = True
 
     def resume_writing(self) -> None:
-        """See `pause_writing`."""
+        """The gateway has read on."""
+        self._is_behind = False
+        # Called from within the transport, which is not to be written to from there.
+        asyncio.get_running_loop().call_soon(self._catch_up)
+
+    def _catch_up(self) -> None:
+        """Let out what was held back, unless the gateway is behind again, or the link is gone."""
+        if not self._is_behind and not self.is_gone:
+            self.deliver([message for topic in list(self._folds) for message in self._unfold(topic, None)])
 
     def _receive(self, message: GatewayFrame) -> None:
         server = self._server
@@ -259,14 +328,14 @@ class _InFlight:
     @property
     def is_command(self) -> bool:
         """Whether it may change something, so that it matters if it was done."""
-        return not isinstance(self.payload, GetAuction | Subscribe | Follow)
+        return not isinstance(self.payload, GetAuction | Watch | Follow)
 
 
 class Link:
     """A gateway's connection to one shard, through all its incarnations.
 
-    `find_owner` looks the shard up; `on_published` gets its events, and `on_noticed` its notices; `on_open` is called
-    with the shard whenever a link has opened, before anything is sent again, so that topics can be asked for anew.
+    `find_owner` looks the shard up; `on_published`, `on_presence` and `on_noticed` get what it tells; `on_open` is
+    called with the shard whenever a link has opened, before anything is sent again, so that topics can be asked anew.
     """
 
     def __init__(
@@ -278,6 +347,7 @@ class Link:
         network: Network,
         find_owner: Callable[[int], Awaitable[Owner | None]],
         on_published: Callable[[Published], None],
+        on_presence: Callable[[Presence], None],
         on_noticed: Callable[[Noticed], None],
         on_open: Callable[[int], None],
     ) -> None:
@@ -287,6 +357,7 @@ class Link:
         self._network = network
         self._find_owner = find_owner
         self._on_published = on_published
+        self._on_presence = on_presence
         self._on_noticed = on_noticed
         self._on_open = on_open
         self._epoch = 0
@@ -328,7 +399,7 @@ class Link:
         number = self._next_request
         self._next_request += 1
         waiting = _InFlight(number, payload, on_answer, self._loop.time() + COMMAND_TIMEOUT_MS / SECOND_MS)
-        if not isinstance(payload, Unsubscribe | Unfollow):
+        if not isinstance(payload, _UNANSWERED):
             self._in_flight[number] = waiting
         if self._end is not None:
             self._queue(waiting)
@@ -431,6 +502,8 @@ class Link:
                 self._answer(message.request, message.answer)
             elif isinstance(message, Published):
                 self._on_published(message)
+            elif isinstance(message, Presence):
+                self._on_presence(message)
             else:
                 self._on_noticed(message)
 
@@ -448,9 +521,15 @@ class Link:
             logger.exception("an answer could not be passed on")
 
 
-def _events_bytes(message: Message) -> int:
-    events = getattr(message.answer if isinstance(message, Answered) else message, "events", None)
-    return 0 if events is None else len(events)
+def _message_bytes(message: Message) -> int:
+    """About how large a message is."""
+    match message:
+        case Published(events=events, kept=kept, snapshot=snapshot):
+            return _MESSAGE_BYTES + len(events or b"") + len(kept) + len(snapshot or b"")
+        case Answered(answer=Watched(events=events, snapshot=snapshot, you=you)):
+            return _MESSAGE_BYTES + len(events) + len(snapshot) + 64 * len(you)
+        case _:
+            return _MESSAGE_BYTES
 
 
 def _without_doing_it(payload: Payload | Follow | Unfollow) -> Payload | Follow | Unfollow:

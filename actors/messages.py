@@ -31,12 +31,12 @@ class GetAuction(msgspec.Struct, frozen=True, tag="get", array_like=True):
     viewer: UUID | None
 
 
-class Subscribe(msgspec.Struct, frozen=True, tag="subscribe", array_like=True):
-    """Ask for an auction's events from now on, on this link, and for what was missed after `since`."""
+class Watch(msgspec.Struct, frozen=True, tag="watch", array_like=True):
+    """Ask for an auction's events from now on, on this link, for what was missed after `since`, and for standings."""
 
     auction: UUID
-    viewer: UUID | None
     since: int | None
+    viewers: list[UUID]
 
 
 class Recall(msgspec.Struct, frozen=True, tag="recall", array_like=True):
@@ -51,6 +51,13 @@ class Unsubscribe(msgspec.Struct, frozen=True, tag="unsubscribe", array_like=Tru
     """Stop an auction's events on this link. Has no answer."""
 
     auction: UUID
+
+
+class Viewers(msgspec.Struct, frozen=True, tag="viewers", array_like=True):
+    """So many sockets of this gateway watch an auction. Has no answer."""
+
+    auction: UUID
+    viewers: int
 
 
 class Follow(msgspec.Struct, frozen=True, tag="follow", array_like=True):
@@ -68,7 +75,7 @@ class Unfollow(msgspec.Struct, frozen=True, tag="unfollow", array_like=True):
     users: list[UUID]
 
 
-Payload = OpenAuction | PlaceBid | EndAuction | CancelAuction | GetAuction | Recall | Subscribe | Unsubscribe
+Payload = OpenAuction | PlaceBid | EndAuction | CancelAuction | GetAuction | Recall | Watch | Unsubscribe | Viewers
 
 
 class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -134,21 +141,25 @@ class AuctionView(msgspec.Struct, frozen=True, tag="view", array_like=True):
     """Of the event `seq`."""
 
 
-class Subscribed(msgspec.Struct, frozen=True, tag="subscribed", array_like=True):
-    """Events of the topic follow from `seq` + 1 on: with `events` (recovered: all after `since`) or a snapshot."""
+class Watched(msgspec.Struct, frozen=True, tag="watched", array_like=True):
+    """An auction at `seq`. On this link its events up to there came before this, and all others follow."""
 
+    auction: UUID
     seq: int
-    events: bytes | None
-    """Public events as JSON objects, joined by commas; None where they could not be recovered."""
-    snapshot: Snapshot | None
-    you: You | None
+    snapshot: bytes
+    """The public snapshot, as a JSON object."""
+    first: int
+    events: bytes
+    """The public events `first` to `seq` as JSON objects, joined by commas; none where `first` is `seq` + 1."""
+    you: list[You | None]
+    """How each of the viewers stands; None for one that has not bid."""
 
 
 class Followed(msgspec.Struct, frozen=True, tag="followed", array_like=True):
     """The users are followed."""
 
 
-Answer = BidAccepted | AuctionView | Subscribed | Followed | Rejection
+Answer = BidAccepted | AuctionView | Watched | Followed | Rejection
 
 
 class Answered(msgspec.Struct, frozen=True, tag="answered", array_like=True, gc=False):
@@ -164,7 +175,19 @@ class Published(msgspec.Struct, frozen=True, tag="published", array_like=True):
     topic: UUID
     first: int
     last: int
-    events: bytes
+    events: bytes | None
+    """None where they were folded, for a gateway that is behind: then there is a snapshot."""
+    kept: bytes
+    """Those among them that are never dropped."""
+    snapshot: bytes | None
+    """The public snapshot at `last`; None where more of the same commit follows at once."""
+
+
+class Presence(msgspec.Struct, frozen=True, tag="presence", array_like=True):
+    """So many sockets watch a topic, on all gateways."""
+
+    topic: UUID
+    viewers: int
 
 
 class Noticed(msgspec.Struct, frozen=True, kw_only=True, tag="noticed", array_like=True):
@@ -183,7 +206,8 @@ class Noticed(msgspec.Struct, frozen=True, kw_only=True, tag="noticed", array_li
     you: You
 
 
-Message = Answered | Published | Noticed
+Message = Answered | Published | Presence | Noticed
+"""What a shard sends on an open link."""
 
 
 class Greeting(msgspec.Struct, frozen=True, tag="greeting", array_like=True):

@@ -13,7 +13,7 @@ Plain asyncio: clock, journal, outlets and the way to die are injected.
 import asyncio
 import logging
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Collection, Coroutine, Hashable, Iterable, Sequence
 from heapq import nsmallest
 from itertools import islice
 from typing import NamedTuple, NoReturn, Protocol
@@ -46,15 +46,18 @@ from actors.messages import (
     Message,
     Noticed,
     Payload,
+    Presence,
     Published,
     Recall,
     Request,
-    Subscribe,
-    Subscribed,
     Unfollow,
     Unsubscribe,
+    Viewers,
+    Watch,
+    Watched,
 )
-from engine.auction import decide, due_at, snapshot
+from actors.presence import Audiences
+from engine.auction import decide, due_at
 from engine.commands import (
     BID_COMMAND_ID_BYTES,
     CancelAuction,
@@ -82,6 +85,7 @@ from engine.limits import (
     VERDICTS_REMEMBERED,
     WAKING_MAX,
 )
+from engine.public import KEPT, encode_snapshot
 from engine.rejections import BUSY, INTERNAL, NOT_FOUND, OUTCOME_UNKNOWN, UNAVAILABLE, Rejection
 
 logger = logging.getLogger(__name__)
@@ -90,7 +94,7 @@ _OF_USERS = (Follow, Unfollow)
 _NEVER_TAKEN = Rejection("internal", "This was not done: something went wrong on our side.")
 
 
-class Outlet(Protocol):
+class Outlet(Hashable, Protocol):
     """Where a shard's answers and events go: its end of a link."""
 
     is_gone: bool
@@ -130,6 +134,10 @@ class _Turn:
         self.entities: dict[UUID, EntityRow] = {}
         self.snapshots: list[SnapshotRow] = []
         self.steps: list[_Reply | _Happened | Noticed | _Recollection] = []
+        self.watched: dict[UUID, Entity] = {}
+        """The auctions whose events are among the steps."""
+        self.views: dict[UUID, tuple[int, bytes]] = {}
+        """Their public snapshots as of the turn's last event, with its `seq`: taken when the turn was closed."""
         self.requests = 0
         self.paid_until: int | None = None
         """For a turn that pays an outage back: until when."""
@@ -163,6 +171,7 @@ class Shard:
         self._deadlines = Deadlines()
         self._watchers: dict[UUID, dict[Outlet, int]] = {}
         """Who gets an auction's events, and after which `seq`: what came before stands in its subscription's answer."""
+        self._audiences: Audiences[Outlet] = Audiences(_tell_presence)
         self._followers: Followers[Outlet] = Followers()
         self._turn = _Turn(1)
         self._released = 0
@@ -228,6 +237,8 @@ class Shard:
             entity = self._awake.get(entity_id)
             if isinstance(request.payload, Unsubscribe):
                 self._take_unsubscribe(entity_id, _Waiting(outlet, request, now))
+            elif isinstance(request.payload, Viewers):
+                self._count_viewers(request.payload, outlet)
             elif (refusal := self._refuse(entity_id)) is not None:
                 refused.append(Answered(request.request, refusal))
             else:
@@ -280,13 +291,18 @@ class Shard:
         own = (
             one.request.payload
             for one in reversed(self._waking.get(entity_id, ()))
-            if one.outlet is waiting.outlet and isinstance(one.request.payload, Subscribe | Unsubscribe)
+            if one.outlet is waiting.outlet and isinstance(one.request.payload, Watch | Unsubscribe)
         )
-        if isinstance(next(own, None), Subscribe):
+        if isinstance(next(own, None), Watch):
             self._line += 1
             self._waking[entity_id].append(waiting)
         else:
             self._unwatch(entity_id, waiting.outlet)
+
+    def _count_viewers(self, counted: Viewers, outlet: Outlet) -> None:
+        """Never refused, and nobody is woken for it; it counts for those who watch."""
+        if outlet in self._watchers.get(counted.auction, ()):
+            self._audiences.count(counted.auction, outlet, counted.viewers)
 
     def _guard(self, entity: Entity, request: Request, outlet: Outlet, now: int) -> None:
         """A fault half-way through a request leaves a state that nobody may see: the journal holds the good one."""
@@ -305,8 +321,8 @@ class Shard:
         match request.payload:
             case PlaceBid() as bid:
                 self._place_bid(entity, bid, request.request, outlet, now)
-            case Subscribe() as subscribe:
-                self._subscribe(entity, subscribe, request.request, outlet)
+            case Watch() as watch:
+                self._watch(entity, watch, request.request, outlet)
             case Unsubscribe():
                 self._unwatch(entity.id, outlet)
                 self._turn.requests += 1
@@ -369,22 +385,25 @@ class Shard:
             self._turn.steps.append(_Recollection(outlet, request, entity.id, seq))
         return True
 
-    def _subscribe(self, entity: Entity, subscribe: Subscribe, request: int, outlet: Outlet) -> None:
+    def _watch(self, entity: Entity, watch: Watch, request: int, outlet: Outlet) -> None:
         if entity.state is None:
             self._reply(outlet, request, NOT_FOUND)
             return
-        missed = None if subscribe.since is None else entity.missed(subscribe.since)
-        answer = Subscribed(
+        missed = entity.missed(watch.since)
+        answer = Watched(
+            auction=entity.id,
             seq=entity.seq,
-            events=None if missed is None else _join(missed),
-            snapshot=snapshot(entity.state) if missed is None else None,
-            you=entity.you(subscribe.viewer),
+            snapshot=encode_snapshot(entity.state),
+            first=entity.seq + 1 - len(missed),
+            events=_join(missed),
+            you=[entity.you(viewer) for viewer in watch.viewers],
         )
         self._reply(outlet, request, answer, topic=entity.id)
         if not outlet.is_gone:
             self._watchers.setdefault(entity.id, {}).setdefault(outlet, entity.seq)
 
     def _unwatch(self, topic: UUID, outlet: Outlet) -> None:
+        self._audiences.leave(topic, outlet)
         outlets = self._watchers.get(topic, {})
         outlets.pop(outlet, None)
         if not outlets:
@@ -407,6 +426,8 @@ class Shard:
         turn = self._turn
         entity.turn = turn.number
         is_watched = entity.id in self._watchers
+        if is_watched:
+            turn.watched[entity.id] = entity
         first = None
         for event in events:
             concerned = self._followers.concerned(entity, event) if self._followers.by_user else ()
@@ -601,6 +622,10 @@ class Shard:
     def _next_turn(self) -> _Turn:
         """What was decided until now; what comes next is gathered in another turn."""
         turn, self._turn = self._turn, _Turn(self._turn.number + 1)
+        # Later the live state would be ahead of what this turn commits.
+        for entity in turn.watched.values():
+            assert entity.state is not None
+            turn.views[entity.id] = entity.seq, encode_snapshot(entity.state)
         return turn
 
     async def _commit(self, turn: _Turn) -> int | None:
@@ -726,7 +751,7 @@ class Shard:
         for step in turn.steps:
             if isinstance(step, _Reply):
                 if step.topic in happened:
-                    self._publish(step.topic, happened.pop(step.topic), outputs)
+                    self._publish(step.topic, happened.pop(step.topic), turn.views, outputs)
                 outputs.setdefault(step.outlet, []).append(Answered(step.request, step.answer))
             elif isinstance(step, _Happened):
                 happened.setdefault(step.topic, []).append(step.recorded)
@@ -736,7 +761,7 @@ class Shard:
             else:
                 self._run(self._recollect(step))
         for topic, events in happened.items():
-            self._publish(topic, events, outputs)
+            self._publish(topic, events, turn.views, outputs)
         for row in turn.snapshots:
             self._unsaved[row.entity_id] = row
         self._line -= turn.requests
@@ -744,9 +769,17 @@ class Shard:
         for outlet, messages in outputs.items():
             outlet.deliver(messages)
 
-    def _publish(self, topic: UUID, events: list[Recorded], outputs: dict[Outlet, list[Message]]) -> None:
-        first = events[0].seq
-        published = Published(topic, first, events[-1].seq, _join(events))
+    def _publish(
+        self,
+        topic: UUID,
+        events: list[Recorded],
+        views: dict[UUID, tuple[int, bytes]],
+        outputs: dict[Outlet, list[Message]],
+    ) -> None:
+        first, last = events[0].seq, events[-1].seq
+        seq, snapshot = views[topic]
+        kept = _join(recorded for recorded in events if isinstance(recorded.event, KEPT))
+        published = Published(topic, first, last, _join(events), kept, snapshot if seq == last else None)
         for outlet, after in self._watchers.get(topic, {}).items():
             # Whoever subscribed after these were decided, but before they were committed, has them in its answer.
             if after < first:
@@ -828,6 +861,11 @@ def _is_due(entity: Entity, now: int) -> bool:
     """Whether the auction's own clock asks for something at this time, or has asked."""
     due = None if entity.state is None else due_at(entity.state)
     return due is not None and due <= max(now, entity.last_at)
+
+
+def _tell_presence(topic: UUID, outlets: list[Outlet], viewers: int) -> None:
+    for outlet in outlets:
+        outlet.deliver([Presence(topic, viewers)])
 
 
 def _join(events: Iterable[Recorded]) -> bytes:

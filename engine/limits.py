@@ -68,8 +68,24 @@ SOCKETS_MAX = 50_000
 """Sockets of one gateway, where it may open that many files."""
 FILES_RESERVED = 1_024
 """Files that a gateway keeps for all else: links, logs, Postgres, HTTP."""
-TOPIC_QUEUE_BYTES_MAX = SOCKET_WRITE_BYTES_MAX
-"""Events of a topic that its sockets are still to be sent; over it they are closed as too slow."""
+SOCKET_BEHIND_BYTES = 64 * 1024
+"""With more unread a socket is behind: until it has read on, what happens in its topics is folded for it."""
+SOCKET_KERNEL_BYTES = 64 * 1024
+"""So much of what a client has not read the kernel is asked to hold, beside our own buffer."""
+SOCKETS_PER_SLICE = 100
+"""A broadcast is written to so many sockets in one go, so that acknowledgements pass between its slices."""
+
+# Topics at a gateway
+TICK_MS = 20
+"""The broadcasts of one topic begin at least so far apart."""
+TOPIC_EVENTS_BYTES_MAX = 64 * 1024
+"""Of each topic's last events so much is remembered, for those who come back."""
+TOPIC_KEPT_BYTES_MAX = 64 * 1024
+"""Of the events that folding never drops so much is remembered, for those who are behind."""
+WATCH_VIEWERS_MAX = 1_000
+"""So many people's standings are asked for at once; who comes after them goes with the next request."""
+PRESENCE_MS = 1 * SECOND_MS
+"""Viewers are counted, and their number is told, at most so often."""
 
 # Rates. Who is over one is told when to come back; raised addresses have none.
 RAISED_ADDRESSES = "127.0.0.0/8,::1"
@@ -99,7 +115,10 @@ LINK_LINE_MAX = 512
 taken waits hardly longer; and only after a pause of 0.1 s is any of 5,000 bids a second refused."""
 LINK_OUTPUT_BYTES = 1024 * 1024
 """About so much a shard puts into one frame."""
+LINK_FOLD_BYTES = 4 * 1024 * 1024
+"""With more unread a gateway is behind: until it has read on, events are folded for it."""
 LINK_WRITE_BYTES_MAX = 64 * 1024 * 1024
+"""Bytes that a gateway has not read; over it its link is cut."""
 LINK_PING_MS = 250
 LINK_DEAD_MS = 1 * SECOND_MS
 LINK_GREETING_MS = 2 * SECOND_MS
@@ -174,6 +193,11 @@ assert BUSY_REST_MS * 2 < BUSY_RETRY_MS
 assert ADDRESS_CONNECTIONS_RATE.per_second * 60 >= ADDRESS_CONNECTIONS_MAX
 assert LINK_OUTPUT_BYTES + RESUME_EVENTS_MAX * 1_024 < LINK_FRAME_BYTES_MAX
 assert LINK_BATCH_MAX * FRAME_BYTES_MAX <= LINK_FRAME_BYTES_MAX
+assert LINK_BATCH_MAX * WATCH_VIEWERS_MAX * 20 <= LINK_FRAME_BYTES_MAX
+# One frame with answers does not make a gateway one that is behind, nor one frame to a socket one that is too slow.
+assert LINK_OUTPUT_BYTES < LINK_FOLD_BYTES < LINK_WRITE_BYTES_MAX
+assert SOCKET_BEHIND_BYTES < SOCKET_WRITE_BYTES_MAX
+assert TOPIC_EVENTS_BYTES_MAX + TOPIC_KEPT_BYTES_MAX < SOCKET_WRITE_BYTES_MAX
 assert FOLLOWED_MAX >= SOCKETS_MAX
 assert FOLLOWED_AT_ONCE * 32 <= FRAME_BYTES_MAX
 # What is looked up leaves room for bids.

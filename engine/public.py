@@ -1,10 +1,10 @@
-"""Events as everybody may see them: paddles instead of people, no maximum, no reserve."""
+"""Events and auctions as everybody may see them: paddles instead of people, no maximum, no reserve."""
 
-from typing import Any, assert_never
+from typing import Any, Final, assert_never
 
 import msgspec
 
-from engine.auction import evolve, snapshot
+from engine.auction import Auction, evolve, snapshot
 from engine.events import (
     BidPlaced,
     Cancelled,
@@ -16,6 +16,14 @@ from engine.events import (
     ReserveReached,
     Scheduled,
 )
+
+KEPT: Final = (Extended, Ended, Cancelled)
+"""What is never dropped, also where price steps are folded into the state that they led to."""
+
+
+def encode_snapshot(state: Auction) -> bytes:
+    """The public snapshot of an auction, as a JSON object."""
+    return _ENCODER.encode(snapshot(state))
 
 
 def encode_public(seq: int, at: int, event: Event, event_hash: bytes, reason: str | None) -> bytes:

@@ -41,6 +41,7 @@ async def connect(host: Host, name: str, pool: asyncpg.Pool) -> Parts:
             network=host.network,
             find_owner=find_owner,
             on_published=fanout.published,
+            on_presence=fanout.presence,
             on_noticed=people.noticed,
             on_open=opened,
         )

@@ -3,33 +3,40 @@
 A topic's events come on its shard's link, in order, from the moment of the first subscription. A socket gets them from
 the `seq` of its own `subscribed` on. When a link was broken, each of its topics is asked for anew from the last `seq`
 that came, so that no socket has a gap.
+
+Of each topic at most one question is on its way to the shard. Whoever comes meanwhile waits, and all of them go
+together with the next one.
 """
 
 import asyncio
 import logging
-from collections.abc import Callable
-from typing import Final, NamedTuple, Protocol
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, TypeVar
 from uuid import UUID
 
-from actors.messages import Answer, Payload, Published, Subscribe, Subscribed, Unsubscribe
-from engine.limits import TOPIC_QUEUE_BYTES_MAX
-from engine.rejections import Rejection
-from gateway.wire import encode_events
+from actors.messages import Answer, Payload, Presence, Published, Unsubscribe, Viewers, Watch, Watched
+from engine.limits import RESUME_EVENTS_MAX, SECOND_MS, SOCKETS_PER_SLICE, TICK_MS, WATCH_VIEWERS_MAX
+from engine.rejections import UNAVAILABLE, Rejection
+from gateway.topic import Memory, Run
+from gateway.wire import Subscribed, encode_presence
 
 logger = logging.getLogger(__name__)
 
-SLICE_SOCKETS: Final = 100
-"""A broadcast is written to so many sockets in one go, so that acknowledgements pass between its slices."""
+Item = TypeVar("Item")
 
 
 class Sink(Protocol):
     """A socket, as the fan-out sees it."""
 
+    is_behind: bool
+    """Much that it was sent is unread. It is sent nothing until it has read on; then comes `Fanout.catch_up`."""
+
     def send(self, frame: bytes) -> None:
         """Write a text frame; never blocks, never raises."""
 
-    def fall_behind(self) -> None:
-        """Close as too slow: the client comes back and asks for what it missed."""
+    def close_as_too_slow(self) -> None:
+        """Close: the client comes back and asks for what it missed."""
 
 
 class Shards(Protocol):
@@ -42,34 +49,62 @@ class Shards(Protocol):
         """The shard that serves this entity."""
 
 
-class _Events(NamedTuple):
-    """Consecutive events that came together: JSON objects joined by commas."""
+class _Newcomer:
+    """A subscription that is not answered yet."""
 
-    first: int
-    last: int
-    encoded: bytes
+    __slots__ = ("is_wanted", "on_subscribed", "since", "sink", "viewer")
+
+    def __init__(
+        self,
+        sink: Sink,
+        viewer: UUID | None,
+        since: int | None,
+        on_subscribed: Callable[[Subscribed | Rejection], None],
+    ) -> None:
+        self.sink = sink
+        self.viewer = viewer
+        self.since = since
+        self.on_subscribed = on_subscribed
+        self.is_wanted = True
+        """Its socket has not left meanwhile."""
+
+
+class _Question:
+    """A question on its way to the shard, and for whom it is asked."""
+
+    __slots__ = ("newcomers", "viewers")
+
+    def __init__(self, newcomers: list[_Newcomer], viewers: list[UUID]) -> None:
+        self.newcomers = newcomers
+        self.viewers = viewers
 
 
 class _Topic:
     """What is known of one topic at this gateway."""
 
-    __slots__ = ("asked", "is_casting", "is_incomplete", "last_seq", "queue", "queue_bytes", "sinks", "waiting")
-
-    def __init__(self) -> None:
-        self.waiting: dict[Sink, list[object]] = {}
-        """Sockets with subscriptions that are not answered yet, each by a token of its own."""
+    def __init__(self, topic_id: UUID) -> None:
+        self.id = topic_id
+        self.memory: Memory | None = None
+        """What came on the link; None before the first answer."""
+        self.is_incomplete = False
+        """Events were missed and asked for; until they come none is taken."""
         self.sinks: dict[Sink, int] = {}
         """Each socket that watches, with the last `seq` that it has been sent."""
-        self.last_seq: int | None = None
-        """The last `seq` that came; None before the first answer."""
-        self.is_incomplete = False
-        """Events were missed and asked for; until they come none is passed on."""
-        self.queue: list[_Events] = []
-        """What is still to be written to the sockets, up to `last_seq`."""
-        self.queue_bytes = 0
+        self.newcomers: dict[Sink, list[_Newcomer]] = {}
+        """Sockets with subscriptions that are wanted, and not answered yet."""
+        self.question: _Question | None = None
+        self.line: deque[_Newcomer] = deque()
+        """Who waits for the next question. Empty, unless a question is on its way."""
+        self.cast_seq = 0
+        """Up to here the sockets have been written to, or are just now."""
+        self.cast_at = 0.0
+        """When the last broadcast began, by the loop's clock."""
         self.is_casting = False
-        self.asked = 0
-        """Counts the times that this topic was asked for anew; only the answer to the newest counts."""
+        """A broadcast is being written, or waits for its tick."""
+        self.viewers: int | None = None
+        """On all gateways, as the shard said last."""
+        self.counted: int | None = None
+        """How many of them are here, as the shard was told last."""
 
 
 class Fanout:
@@ -79,6 +114,10 @@ class Fanout:
         self._shards = shards
         self._topics: dict[UUID, _Topic] = {}
         self._topics_by_sink: dict[Sink, set[UUID]] = {}
+        self._uncounted: set[UUID] = set()
+        """Topics whose viewers came or went since the last count."""
+
+    # What sockets ask for
 
     def subscribe(
         self,
@@ -89,159 +128,339 @@ class Fanout:
         on_subscribed: Callable[[Subscribed | Rejection], None],
     ) -> None:
         """Let a socket watch. `on_subscribed` is called before the first event is sent to it."""
-        topic = self._topics.setdefault(topic_id, _Topic())
-        token = object()
-        topic.waiting.setdefault(sink, []).append(token)
+        topic = self._topics.get(topic_id)
+        if topic is None:
+            topic = self._topics[topic_id] = _Topic(topic_id)
+        newcomer = _Newcomer(sink, viewer, since, on_subscribed)
+        topic.newcomers.setdefault(sink, []).append(newcomer)
         self._topics_by_sink.setdefault(sink, set()).add(topic_id)
-
-        def answered(answer: Answer) -> None:
-            assert isinstance(answer, Subscribed | Rejection)
-            tokens = topic.waiting.get(sink, [])
-            is_wanted = token in tokens
-            if is_wanted:
-                tokens.remove(token)
-                if not tokens:
-                    del topic.waiting[sink]
-            if isinstance(answer, Subscribed) and topic.last_seq is None:
-                topic.last_seq = answer.seq
-            on_subscribed(answer)
-            if is_wanted and isinstance(answer, Subscribed):
-                topic.sinks[sink] = answer.seq
-            elif self._topics.get(topic_id) is topic and sink not in topic.sinks and sink not in topic.waiting:
-                self._leave(topic_id, topic, sink)
-            if isinstance(answer, Subscribed) and topic_id not in self._topics:
-                # Everybody had left before this was answered.
-                self._shards.submit(Unsubscribe(topic_id), _ignore)
-
-        self._shards.submit(Subscribe(topic_id, viewer, since), answered)
+        self._admit(topic, newcomer)
 
     def unsubscribe(self, topic_id: UUID, sink: Sink) -> None:
         """Let a socket watch no longer; the last one to leave ends the topic's events on the link."""
         topic = self._topics.get(topic_id)
         if topic is not None:
-            self._leave(topic_id, topic, sink)
+            self._leave(topic, sink)
 
     def drop(self, sink: Sink) -> None:
         """A socket is gone."""
         for topic_id in self._topics_by_sink.get(sink, set()).copy():
             self.unsubscribe(topic_id, sink)
 
+    def catch_up(self, sink: Sink) -> None:
+        """A socket that was behind has read on: send what it missed, folded."""
+        for topic_id in self._topics_by_sink.get(sink, set()).copy():
+            topic = self._topics[topic_id]
+            sent = topic.sinks.get(sink)
+            if sent is not None and not sink.is_behind:
+                _send_viewers(topic, sink)
+                _send_rest(topic, sink, sent)
+
+    # What comes from the shards
+
     def published(self, published: Published) -> None:
         """Events came on a link."""
         topic = self._topics.get(published.topic)
-        if topic is None or topic.last_seq is None or topic.is_incomplete or published.last <= topic.last_seq:
+        memory = None if topic is None else topic.memory
+        if topic is None or memory is None or topic.is_incomplete or published.last <= memory.seq:
             return
-        if published.first != topic.last_seq + 1:
-            logger.error("events %d to %d are missing", topic.last_seq + 1, published.first - 1)
-            self._ask_anew(published.topic, topic)
+        if published.first != memory.seq + 1:
+            logger.error("events %d to %d are missing", memory.seq + 1, published.first - 1)
+            self._ask_anew(topic)
             return
-        topic.last_seq = published.last
-        self._cast(published.topic, topic, _Events(published.first, published.last, published.events))
+        memory.add(published)
+        if published.snapshot is not None:
+            self._cast(topic)
+
+    def presence(self, presence: Presence) -> None:
+        """The number of a topic's viewers came on a link."""
+        topic = self._topics.get(presence.topic)
+        if topic is None:
+            return
+        topic.viewers = presence.viewers
+        frame = encode_presence(topic.id, presence.viewers)
+
+        def tell(sink: Sink) -> None:
+            if sink in topic.sinks and not sink.is_behind:
+                sink.send(frame)
+
+        _in_slices(list(topic.sinks), tell)
 
     def resubscribe(self, shard: int) -> None:
         """A link has opened again: ask for what was missed of each topic that it serves."""
-        for topic_id, topic in self._topics.items():
-            if topic.last_seq is not None and self._shards.shard_of(topic_id) == shard:
-                self._ask_anew(topic_id, topic)
+        for topic in list(self._topics.values()):
+            if topic.memory is not None and self._shards.shard_of(topic.id) == shard:
+                self._ask_anew(topic)
 
-    def _ask_anew(self, topic_id: UUID, topic: _Topic) -> None:
+    # What comes with time
+
+    def tick(self) -> None:
+        """Report how many watch here, where that has changed; to be called about once a second."""
+        uncounted, self._uncounted = self._uncounted, set()
+        for topic_id in uncounted:
+            topic = self._topics.get(topic_id)
+            # Of others the shard would not take it; they are counted once it has answered.
+            if topic is not None and topic.memory is not None and not topic.is_incomplete:
+                self._count(topic)
+
+    def _count(self, topic: _Topic) -> None:
+        viewers = len(topic.sinks)
+        if viewers != topic.counted:
+            topic.counted = viewers
+            self._shards.submit(Viewers(topic.id, viewers), _ignore)
+
+    # Asking the shards
+
+    def _admit(self, topic: _Topic, newcomer: _Newcomer) -> None:
+        """Answer a guest from memory, if that will do; whoever else comes is asked for, at once or with the next."""
+        known = _recall(topic, newcomer.since) if newcomer.viewer is None else None
+        if known is not None:
+            self._tell(topic, newcomer, known)
+        elif not newcomer.is_wanted:
+            self._tell(topic, newcomer, UNAVAILABLE)
+        else:
+            topic.line.append(newcomer)
+            if topic.question is None:
+                self._ask(topic)
+
+    def _ask_anew(self, topic: _Topic) -> None:
         """Ask for all that came after the last event that did."""
-        topic.asked += 1
         topic.is_incomplete = True
-        asked = topic.asked
-        since = topic.last_seq
-        assert since is not None
+        topic.counted = None
+        if topic.question is not None:
+            # Its answer, if it comes, is not waited for any more.
+            topic.line.extendleft(reversed(topic.question.newcomers))
+        self._ask(topic)
 
-        def answered(answer: Answer) -> None:
-            if topic.asked != asked or self._topics.get(topic_id) is not topic:
-                return
-            topic.is_incomplete = False
-            if isinstance(answer, Subscribed) and answer.events is not None:
-                topic.last_seq = answer.seq
-                if answer.events:
-                    self._cast(topic_id, topic, _Events(since + 1, answer.seq, answer.events))
-            else:
-                # More was missed than the shard can tell, or it cannot tell now: each client asks for its own part.
-                topic.last_seq = None
-                self._give_up(topic)
+    def _ask(self, topic: _Topic) -> None:
+        """Ask for all who wait, and for what the topic itself has missed."""
+        newcomers: list[_Newcomer] = []
+        viewers: dict[UUID, None] = {}
+        while topic.line and len(viewers) < WATCH_VIEWERS_MAX:
+            newcomer = topic.line.popleft()
+            newcomers.append(newcomer)
+            if newcomer.viewer is not None:
+                viewers[newcomer.viewer] = None
+        question = topic.question = _Question(newcomers, list(viewers))
+        watch = Watch(topic.id, _since(topic, newcomers), question.viewers)
+        self._shards.submit(watch, lambda answer: self._answered(topic, question, answer))
 
-        self._shards.submit(Subscribe(topic_id, None, since), answered)
+    def _answered(self, topic: _Topic, question: _Question, answer: Answer) -> None:
+        assert isinstance(answer, Watched | Rejection)
+        if topic.question is not question:
+            return
+        topic.question = None
+        waiting = list(topic.line)
+        topic.line.clear()
+        if isinstance(answer, Rejection):
+            if topic.is_incomplete:
+                # Nothing more would come on this link: silence would look like an auction without bids.
+                topic.memory, topic.is_incomplete = None, False
+                _give_up(topic)
+            _in_slices(question.newcomers + waiting, lambda newcomer: self._tell(topic, newcomer, answer))
+            return
+        if self._topics.get(topic.id) is topic:
+            self._take_up(topic, answer)
+            # Guests may find what they want in memory now; how the others stand only the shard knows.
+            topic.line.extend(newcomer for newcomer in waiting if newcomer.viewer is not None)
+            waiting = [newcomer for newcomer in waiting if newcomer.viewer is None]
+            if topic.line:
+                self._ask(topic)
+        elif topic.id not in self._topics:
+            # Everybody had left before this was answered.
+            self._shards.submit(Unsubscribe(topic.id), _ignore)
+        reception = _Reception(answer, question.viewers)
+        _in_slices(question.newcomers, lambda newcomer: self._tell(topic, newcomer, reception.answer(newcomer)))
+        _in_slices(waiting, lambda newcomer: self._admit(topic, newcomer))
 
-    def _leave(self, topic_id: UUID, topic: _Topic, sink: Sink) -> None:
-        topic.waiting.pop(sink, None)
-        topic.sinks.pop(sink, None)
+    def _take_up(self, topic: _Topic, watched: Watched) -> None:
+        """All of the topic's events up to this came before it on the link, or are in it, or nobody can tell them."""
+        topic.is_incomplete = False
+        self._uncounted.add(topic.id)
+        if topic.memory is not None and topic.memory.catch_up(watched):
+            if topic.memory.seq > topic.cast_seq:
+                self._cast(topic)
+            return
+        topic.memory = Memory(topic.id, watched)
+        topic.cast_seq = watched.seq
+        # More was missed than the shard can tell: each client asks for its own part.
+        _give_up(topic)
+
+    def _tell(self, topic: _Topic, newcomer: _Newcomer, answer: Subscribed | Rejection) -> None:
+        """Answer a subscription; from here on its socket is sent what comes."""
+        sink = newcomer.sink
+        try:
+            newcomer.on_subscribed(answer)
+        except Exception:
+            # One client's trouble is not another's.
+            logger.exception("a subscription could not be answered")
+        if not newcomer.is_wanted:
+            return
+        topic.newcomers[sink].remove(newcomer)
+        if not topic.newcomers[sink]:
+            del topic.newcomers[sink]
+        if isinstance(answer, Subscribed):
+            topic.sinks[sink] = answer.seq
+            self._uncounted.add(topic.id)
+            _send_viewers(topic, sink)
+            _send_rest(topic, sink, answer.seq)
+        elif sink not in topic.sinks and sink not in topic.newcomers:
+            self._leave(topic, sink)
+
+    def _leave(self, topic: _Topic, sink: Sink) -> None:
+        for newcomer in topic.newcomers.pop(sink, ()):
+            newcomer.is_wanted = False
+        if topic.sinks.pop(sink, None) is not None:
+            self._uncounted.add(topic.id)
         topics = self._topics_by_sink.get(sink)
         if topics is not None:
-            topics.discard(topic_id)
+            topics.discard(topic.id)
             if not topics:
                 del self._topics_by_sink[sink]
-        if not topic.waiting and not topic.sinks and self._topics.get(topic_id) is topic:
-            del self._topics[topic_id]
-            self._shards.submit(Unsubscribe(topic_id), _ignore)
+        if not topic.newcomers and not topic.sinks:
+            del self._topics[topic.id]
+            self._shards.submit(Unsubscribe(topic.id), _ignore)
 
-    def _give_up(self, topic: _Topic) -> None:
-        for sink in list(topic.sinks):
-            sink.fall_behind()
+    # Broadcasts
 
-    def _cast(self, topic_id: UUID, topic: _Topic, events: _Events) -> None:
-        """Write events to all of a topic's sockets, after those before them."""
-        topic.queue.append(events)
-        topic.queue_bytes += len(events.encoded)
-        if not topic.is_casting:
-            topic.is_casting = True
-            self._cast_next(topic_id, topic)
-        elif topic.queue_bytes > TOPIC_QUEUE_BYTES_MAX:
-            topic.queue, topic.queue_bytes = [], 0
-            self._give_up(topic)
-
-    def _cast_next(self, topic_id: UUID, topic: _Topic) -> None:
-        """Write what has gathered as one frame; more gathers meanwhile."""
-        parts, topic.queue, topic.queue_bytes = topic.queue, [], 0
-        if parts:
-            self._cast_slice(_Cast(topic_id, topic, parts, _frame(topic_id, parts), list(topic.sinks)), 0)
-        else:
-            topic.is_casting = False
-
-    def _cast_slice(self, cast: "_Cast", start: int) -> None:
-        first, last = cast.parts[0].first, cast.parts[-1].last
-        sent_by_sink = cast.topic.sinks
-        end = start + SLICE_SOCKETS
-        for sink in cast.sinks[start:end]:
-            sent = sent_by_sink.get(sink, last)
-            if sent < last:
-                sent_by_sink[sink] = last
-                if sent == first - 1:
-                    sink.send(cast.frame)
-                else:
-                    _send_rest(cast, sink, sent)
+    def _cast(self, topic: _Topic) -> None:
+        """Write what has come to all of a topic's sockets: at once, or together with what comes until the next tick."""
+        if topic.is_casting:
+            return
+        topic.is_casting = True
         loop = asyncio.get_running_loop()
-        if end < len(cast.sinks):
-            loop.call_soon(self._cast_slice, cast, end)
+        wait_s = topic.cast_at + TICK_MS / SECOND_MS - loop.time()
+        if wait_s <= 0:
+            self._cast_now(topic)
         else:
-            loop.call_soon(self._cast_next, cast.topic_id, cast.topic)
+            loop.call_later(wait_s, self._cast_now, topic)
+
+    def _cast_now(self, topic: _Topic) -> None:
+        memory = topic.memory
+        if memory is None or memory.snapshot() is None:
+            # What follows is cast when it comes.
+            topic.is_casting = False
+            return
+        cast = _Cast(topic, memory.seq, {})
+        topic.cast_seq = memory.seq
+        topic.cast_at = asyncio.get_running_loop().time()
+
+        def done() -> None:
+            topic.is_casting = False
+            if topic.memory is not None and topic.memory.seq > topic.cast_seq:
+                self._cast(topic)
+
+        _in_slices(list(topic.sinks), cast.send, done)
 
 
 class _Cast(NamedTuple):
-    """One frame on its way to a topic's sockets."""
+    """A broadcast of what came up to `last`."""
 
-    topic_id: UUID
     topic: _Topic
-    parts: list[_Events]
-    frame: bytes
-    sinks: list[Sink]
+    last: int
+    frames: dict[int, tuple[int, bytes | None]]
+    """By what a socket was sent before: the frame for it, and up to where that goes."""
+
+    def send(self, sink: Sink) -> None:
+        sinks = self.topic.sinks
+        sent = sinks.get(sink, self.last)
+        if sent >= self.last or sink.is_behind:
+            return
+        found = self.frames.get(sent)
+        if found is None:
+            # The first one, or one that came while other events were gathering.
+            found = self.frames[sent] = _frame_after(self.topic, sent)
+        last, frame = found
+        if frame is None:
+            sink.close_as_too_slow()
+        else:
+            sinks[sink] = last
+            sink.send(frame)
 
 
-def _frame(topic_id: UUID, parts: list[_Events]) -> bytes:
-    return encode_events(topic_id, b",".join([part.encoded for part in parts]))
+class _Reception:
+    """What the shard said, for all who waited for it."""
+
+    def __init__(self, watched: Watched, viewers: Sequence[UUID]) -> None:
+        self._watched = watched
+        self._run = Run(watched.first, watched.seq, watched.events)
+        self._you = dict(zip(viewers, watched.you, strict=True))
+        self._recalled = watched.seq, b""
+        """The last `since` that was asked for, and what came after it."""
+
+    def answer(self, newcomer: _Newcomer) -> Subscribed:
+        watched, since = self._watched, newcomer.since
+        you = None if newcomer.viewer is None else self._you[newcomer.viewer]
+        if since is None or not self._run.first <= since + 1 <= watched.seq + 1:
+            return Subscribed(watched.seq, None, watched.snapshot, you)
+        if since != self._recalled[0]:
+            self._recalled = since, self._run.after(since)
+        return Subscribed(watched.seq, self._recalled[1], None, you)
 
 
-def _send_rest(cast: _Cast, sink: Sink, sent: int) -> None:
-    """Send what comes after `sent` to a socket that subscribed while these events were waiting."""
-    rest = [part for part in cast.parts if part.first > sent]
-    if rest and rest[0].first == sent + 1:
-        sink.send(_frame(cast.topic_id, rest))
+def _recall(topic: _Topic, since: int | None) -> Subscribed | None:
+    """What a guest is answered who comes now; None where only the shard knows."""
+    memory = topic.memory
+    if memory is None or topic.is_incomplete:
+        return None
+    events = None if since is None else memory.events_after(since)
+    if events is not None:
+        return Subscribed(memory.seq, events, None, None)
+    snapshot = memory.snapshot()
+    # Who is ahead of us has seen more elsewhere, and is not to go back.
+    if snapshot is None or (since is not None and memory.seq - since <= RESUME_EVENTS_MAX):
+        return None
+    return Subscribed(memory.seq, None, snapshot, None)
+
+
+def _since(topic: _Topic, newcomers: list[_Newcomer]) -> int | None:
+    """After what the shard is to tell all: the least that somebody wants who can have it."""
+    wanted = [newcomer.since for newcomer in newcomers if newcomer.since is not None]
+    memory = topic.memory
+    if memory is not None:
+        wanted = [since for since in wanted if 0 <= memory.seq - since <= RESUME_EVENTS_MAX]
+        wanted.append(memory.seq)
+    return min(wanted, default=None)
+
+
+def _frame_after(topic: _Topic, sent: int) -> tuple[int, bytes | None]:
+    memory = topic.memory
+    return (sent, None) if memory is None else (memory.seq, memory.frame_after(sent))
+
+
+def _send_rest(topic: _Topic, sink: Sink, sent: int) -> None:
+    """Send what came after `sent` to one socket; close it where that cannot be told any more."""
+    if sink.is_behind or (topic.memory is not None and topic.memory.seq == sent):
+        return
+    last, frame = _frame_after(topic, sent)
+    if frame is None:
+        sink.close_as_too_slow()
     else:
-        sink.fall_behind()
+        topic.sinks[sink] = last
+        sink.send(frame)
+
+
+def _send_viewers(topic: _Topic, sink: Sink) -> None:
+    if topic.viewers is not None:
+        sink.send(encode_presence(topic.id, topic.viewers))
+
+
+def _give_up(topic: _Topic) -> None:
+    for sink in list(topic.sinks):
+        sink.close_as_too_slow()
+
+
+def _in_slices(
+    items: Sequence[Item], act: Callable[[Item], None], done: Callable[[], None] | None = None, start: int = 0
+) -> None:
+    """Do something with each, in slices, so that other work passes in between; the first slice at once."""
+    end = start + SOCKETS_PER_SLICE
+    for item in items[start:end]:
+        act(item)
+    if end < len(items):
+        asyncio.get_running_loop().call_soon(_in_slices, items, act, done, end)
+    elif done is not None:
+        done()
 
 
 def _ignore(_answer: Answer) -> None:

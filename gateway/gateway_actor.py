@@ -17,10 +17,11 @@ from actors.bootstrap import Host, Place, host_of, keep_synchronised, set_up_log
 from actors.clock import Clock
 from actors.database import ERRORS
 from actors.ray_actor import begin, die_if_failed, spawn
-from engine.limits import MEBIBYTE, RAISED_ADDRESSES
+from engine.limits import MEBIBYTE, RAISED_ADDRESSES, SOCKET_KERNEL_BYTES
 from gateway.api.edge import HEALTHY, Edge
 from gateway.app import create_app
 from gateway.bootstrap import connect
+from gateway.fanout import Fanout
 from gateway.people import People
 from gateway.rates import Rates, networks
 from gateway.room import Memory, memory_share_bytes, raise_file_limit, sockets_for
@@ -61,13 +62,14 @@ class RunningGateway:
         self._sockets: Sockets
         self._memory: Memory
         self._router: Router
+        self._fanout: Fanout
         self._people: People
         self._server: uvicorn.Server
         self._tasks: list[asyncio.Task[None] | asyncio.Task[NoReturn]] = []
 
     async def serve(self, door: Door) -> None:
         """Open the links and the port; return when bids can be placed."""
-        self._router, fanout, self._people = await connect(self._host, self._name, self._pool)
+        self._router, self._fanout, self._people = await connect(self._host, self._name, self._pool)
         verifier = Verifier(door.public_key)
         rates = Rates(networks(door.raised_addresses))
         self._sockets = self._make_room(door, rates)
@@ -81,7 +83,7 @@ class RunningGateway:
         )
         config = uvicorn.Config(
             create_app(edge),
-            ws=make_protocol(self._router, fanout, self._people, verifier.verify, self._clock, self._sockets),
+            ws=make_protocol(self._router, self._fanout, self._people, verifier.verify, self._clock, self._sockets),
             http=HttpProtocol,
             lifespan="off",
             log_config=None,
@@ -141,6 +143,7 @@ class RunningGateway:
             await asyncio.sleep(1)
             self._look_at_memory()
             self._sockets.tick(self._clock())
+            self._fanout.tick()
 
     def _look_at_memory(self) -> None:
         is_short = self._memory.look()
@@ -209,6 +212,8 @@ def _listening_socket(host: str, port: int) -> socket.socket:
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    # What is accepted here inherits it: what a client does not read is bounded in the kernel, too.
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_KERNEL_BYTES)
     listening.bind((host, port))
     listening.listen(_BACKLOG)
     return listening

@@ -10,7 +10,7 @@ from uuid import UUID
 
 import msgspec
 
-from actors.messages import Answer, BidAccepted, Subscribed
+from actors.messages import Answer, BidAccepted
 from engine.commands import PlaceBid
 from engine.limits import (
     BUSY_RETRY_MS,
@@ -243,7 +243,7 @@ class Session:
                 return [_error(pending.ref, "outcome_unknown", "The answer to this bid was not understood.")]
 
     def subscribed(
-        self, pending: PendingSubscription, answer: Subscribed | list[wire.Standing] | Rejection
+        self, pending: PendingSubscription, answer: wire.Subscribed | list[wire.Standing] | Rejection
     ) -> list[Intent]:
         """Pass on the answer to a subscription."""
         self._unanswered -= 1
@@ -251,7 +251,7 @@ class Session:
             return []
         subscription = self._subscriptions[pending.auction]
         subscription.pending = None
-        if isinstance(answer, Subscribed):
+        if isinstance(answer, wire.Subscribed):
             assert pending.auction is not None
             subscription.is_live = True
             return [Send(wire.encode_subscribed(pending.ref, pending.auction, answer))]

@@ -27,7 +27,7 @@ from picows import (
 from picows.picows import WSProtocol  # type: ignore[attr-defined]  # Public, though its stub does not name it.
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from actors.messages import Answer, Payload, Subscribed
+from actors.messages import Answer, Payload
 from engine.limits import (
     BUSY_REST_MS,
     CLOSE_REASON_BYTES_MAX,
@@ -36,6 +36,7 @@ from engine.limits import (
     HEADERS_TIMEOUT_MS,
     HELLO_TIMEOUT_MS,
     SECOND_MS,
+    SOCKET_BEHIND_BYTES,
     SOCKET_WRITE_BYTES_MAX,
     SOCKETS_MAX,
 )
@@ -57,7 +58,7 @@ from gateway.session import (
     Unsubscribe,
     Verify,
 )
-from gateway.wire import Standing
+from gateway.wire import Standing, Subscribed
 
 logger = logging.getLogger(__name__)
 
@@ -95,12 +96,15 @@ class Router(Protocol):
 class Sink(Protocol):
     """What a fan-out sends to: a `ClientSocket`."""
 
+    is_behind: bool
+    """Much of what it was sent is unread. Until `Fanout.catch_up` nothing but answers should be sent to it."""
+
     def send(self, frame: bytes) -> None:
         """Write a text message; does nothing once the socket is closed. Never raises."""
         ...
 
-    def fall_behind(self) -> None:
-        """Close as too slow: the client comes back and asks for what it missed."""
+    def close_as_too_slow(self) -> None:
+        """Close: the client comes back and asks for what it missed."""
         ...
 
 
@@ -121,6 +125,10 @@ class Fanout(Protocol):
 
     def unsubscribe(self, topic: UUID, sink: Sink, /) -> None:
         """Send no more events of `topic` to `sink`."""
+        ...
+
+    def catch_up(self, sink: Sink, /) -> None:
+        """Send `sink`, which was behind, what it missed."""
         ...
 
     def drop(self, sink: Sink, /) -> None:
@@ -229,6 +237,7 @@ class ClientSocket(WSListener):
         "_session",
         "_sockets",
         "_visit",
+        "is_behind",
         "transport",
     )
 
@@ -254,6 +263,7 @@ class ClientSocket(WSListener):
         self._is_closing = False
         self._rest: asyncio.TimerHandle | None = None
         self._cut: asyncio.TimerHandle | None = None
+        self.is_behind = False
 
     # From the gateway
 
@@ -265,9 +275,11 @@ class ClientSocket(WSListener):
             # Of a larger message picows leaves the header in a buffer that its next message overwrites, perhaps before
             # the loop has written it out.
             self.transport.send_reuse_external_bytearray(_TEXT, bytearray(_HEADER_BYTES) + frame, _HEADER_BYTES)
+        if self.is_behind:
+            self._check_budget()
 
-    def fall_behind(self) -> None:
-        """Close as too slow: the client comes back and asks for what it missed."""
+    def close_as_too_slow(self) -> None:
+        """Close: the client comes back and asks for what it missed."""
         self._run(self._session.too_slow())
 
     def tick(self, now: int) -> None:
@@ -282,8 +294,9 @@ class ClientSocket(WSListener):
 
     def on_ws_connected(self, transport: WSTransport) -> None:
         self.transport = transport
-        # Crossing this calls `pause_writing`, which spares us asking at every message.
-        transport.underlying_transport.set_write_buffer_limits(high=SOCKET_WRITE_BYTES_MAX)
+        # Crossing this calls `pause_writing`, which spares us asking at every message; `resume_writing` comes at a
+        # quarter of it.
+        transport.underlying_transport.set_write_buffer_limits(high=SOCKET_BEHIND_BYTES)
         # None if the peer is gone already.
         peer = transport.underlying_transport.get_extra_info("peername")
         visit = self._sockets.add(self, peer[0] if peer else "", self._clock())
@@ -317,6 +330,8 @@ class ClientSocket(WSListener):
             if not self._is_closing:
                 # Not left to picows, so that it counts what is not read of these.
                 transport.send_pong(frame.get_payload_as_bytes())
+                if self.is_behind:
+                    self._check_budget()
         elif kind == WSMsgType.PONG:
             self._session.activity()
         elif kind == WSMsgType.BINARY:
@@ -331,13 +346,30 @@ class ClientSocket(WSListener):
                 timer.cancel()
 
     def pause_writing(self) -> None:
-        # Called in the midst of a write, perhaps of a broadcast, which should not lose a socket under its hands.
-        asyncio.get_running_loop().call_soon(self.fall_behind)
+        """Much is unread. Broadcasts pass this socket over now; answers go out all the while."""
+        self.is_behind = True
 
     def resume_writing(self) -> None:
-        """Nothing to do: who was over the budget is closed."""
+        """The client has read on."""
+        # Called from within the transport, which is not to be written to from there.
+        asyncio.get_running_loop().call_soon(self._catch_up)
 
     # The details
+
+    def _catch_up(self) -> None:
+        # It may be behind again: then it resumes again.
+        if not self._is_closing and self._unread_bytes() <= SOCKET_BEHIND_BYTES:
+            self.is_behind = False
+            self._fanout.catch_up(self)
+
+    def _check_budget(self) -> None:
+        if self._unread_bytes() > SOCKET_WRITE_BYTES_MAX:
+            # Perhaps in the midst of a broadcast, which should not lose a socket under its hands.
+            asyncio.get_running_loop().call_soon(self.close_as_too_slow)
+
+    def _unread_bytes(self) -> int:
+        size: int = self.transport.underlying_transport.get_write_buffer_size()
+        return size
 
     def _send_soon(self, frame: bytes) -> None:
         """Write a short text message together with all else that this socket is sent in this turn of the loop.
@@ -351,6 +383,8 @@ class ClientSocket(WSListener):
                 bytes((_TEXT_HEADER, size)) if size < _EXTENDED else struct.pack("!BBH", _TEXT_HEADER, _EXTENDED, size)
             )
             self.transport.underlying_transport.write(header + frame)
+            if self.is_behind:
+                self._check_budget()
 
     def _count(self) -> None:
         """Count a frame that is no message by itself, and is taken however many there are, until this is closed."""

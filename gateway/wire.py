@@ -12,8 +12,8 @@ from uuid import UUID
 import msgspec
 from msgspec import Meta, Raw, Struct
 
-from actors.messages import BidAccepted, Noticed, Subscribed, You
-from engine.auction import Snapshot, Status
+from actors.messages import BidAccepted, Noticed, You
+from engine.auction import Status
 from engine.commands import Role
 from engine.events import Outcome
 from engine.limits import (
@@ -258,7 +258,20 @@ def _unexpected(field: str, ref: Ref, op: str | None) -> Malformed:
     return Malformed("bad_request", f"`{field}` is {EXPECTED[field]}.", field=field, ref=ref, op=op)
 
 
-# Server to client. A field that stands with `= None` is left out where there is nothing to say.
+# Server to client
+
+
+class Subscribed(Struct, frozen=True, gc=False):
+    """The answer to a subscription, for one socket: all events after its `since`, or else the snapshot at `seq`."""
+
+    seq: int
+    events: bytes | None
+    """JSON objects, joined by commas; None where they could not be recovered."""
+    snapshot: bytes | None
+    you: You | None
+
+
+# A field that stands with `= None` is left out where there is nothing to say.
 
 
 class _Frame(Struct, frozen=True, kw_only=True, tag_field="type", omit_defaults=True):
@@ -296,7 +309,7 @@ class _Subscribed(_Frame, frozen=True, kw_only=True, tag="subscribed"):
     seq: int
     recovered: bool
     events: Raw | None = None
-    snapshot: Snapshot | None = None
+    snapshot: Raw | None = None
     you: You | None = None
 
 
@@ -338,6 +351,18 @@ class _Unsubscribed(_Frame, frozen=True, kw_only=True, tag="unsubscribed"):
 class _Events(_Frame, frozen=True, kw_only=True, tag="events"):
     topic: str
     events: Raw
+
+
+class _State(_Frame, frozen=True, kw_only=True, tag="state"):
+    topic: str
+    seq: int
+    snapshot: Raw
+    events: Raw
+
+
+class _Presence(_Frame, frozen=True, kw_only=True, tag="presence"):
+    topic: str
+    viewers: int
 
 
 class _Ack(_Frame, frozen=True, kw_only=True, tag="ack", gc=False):
@@ -417,7 +442,7 @@ def encode_subscribed(ref: Ref, auction: UUID, answer: Subscribed) -> bytes:
             seq=answer.seq,
             recovered=events is not None,
             events=events,
-            snapshot=answer.snapshot if events is None else None,
+            snapshot=None if answer.snapshot is None else Raw(answer.snapshot),
             you=answer.you,
         )
     )
@@ -455,6 +480,16 @@ def encode_unsubscribed(ref: Ref, auction: UUID | None) -> bytes:
 def encode_events(auction: UUID, encoded: bytes) -> bytes:
     """Events of a topic; `encoded` are JSON objects joined by commas, and go out as they are."""
     return _encode(_Events(topic=topic_name(auction), events=_list(encoded)))
+
+
+def encode_state(auction: UUID, seq: int, snapshot: bytes, kept: bytes) -> bytes:
+    """What a topic's events up to `seq` led to, and those among them that are never dropped."""
+    return _encode(_State(topic=topic_name(auction), seq=seq, snapshot=Raw(snapshot), events=_list(kept)))
+
+
+def encode_presence(auction: UUID, viewers: int) -> bytes:
+    """So many watch a topic now, on all gateways."""
+    return _encode(_Presence(topic=topic_name(auction), viewers=viewers))
 
 
 def encode_ack(ref: Ref, auction: UUID, bid_id: UUID, accepted: BidAccepted) -> bytes:

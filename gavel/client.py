@@ -51,9 +51,9 @@ TRANSIENT: Final = frozenset({"busy", "rate_limited", "too_many", "unavailable",
 class LiveClient:
     """A live connection. `async with` it; it then connects again by itself for as long as it has patience.
 
-    Whatever the server sends to a topic (`subscribed`, `events`, `state`, `notice`, …) goes to `on_message`, in order:
-    each event once, none missing. After `patience_s` without a connection, or a close that is final, all that waits
-    raises `CommandError`.
+    Whatever the server sends to a topic (`subscribed`, `events`, `state`, `presence`, `notice`, …) goes to
+    `on_message`, in order: each event once, none missing but those that a `state` covers. After `patience_s` without a
+    connection, or a close that is final, all that waits raises `CommandError`.
     """
 
     def __init__(

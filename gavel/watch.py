@@ -49,12 +49,13 @@ class Watched:
     def apply(self, message: Message) -> None:
         """Take in a message of the auction's topic."""
         self.snapshot = follow(self.snapshot, message)
-        if "snapshot" in message:
-            self._say(f"seq {message['seq']}: {self._standing()}")
         for event in message.get("events", ()):
             line = self._line(event)
             if line is not None:
                 self._say(f"seq {event['seq']}: {line}")
+        # After what led there: with a `state` come some of the events that it covers.
+        if "snapshot" in message:
+            self._say(f"seq {message['seq']}: {self._standing()}")
 
     def _line(self, event: Message) -> str | None:
         match event["kind"]:

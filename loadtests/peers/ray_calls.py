@@ -15,16 +15,18 @@ from typing import Any, Final
 from uuid import UUID
 
 import asyncpg
+import msgspec
 import ray
 
 import migrations
 from actors import shard_actor
 from actors.bootstrap import Place
 from actors.directory import Directory, slot_of
-from actors.messages import AuctionView, BidAccepted, GetAuction, Payload, Subscribed
+from actors.messages import AuctionView, BidAccepted, GetAuction, Payload
 from actors.ray_actor import NAMESPACE
 from engine.commands import OpenAuction, PlaceBid
 from engine.rejections import Rejection
+from gateway.wire import Subscribed
 from loadtests.peers.door import auction_id, main, now_ms, running_postgres, terms_from
 
 SHARDS: Final = 2
@@ -49,7 +51,7 @@ class RayCalls:
         view: AuctionView | Rejection = await self._submit(GetAuction(auction, None))
         if isinstance(view, Rejection):
             return view
-        return Subscribed(seq=view.seq, events=None, snapshot=view.snapshot, you=None)
+        return Subscribed(seq=view.seq, events=None, snapshot=msgspec.json.encode(view.snapshot), you=None)
 
     async def open(self, count: int) -> None:
         """Open so many auctions; those that are there already stay as they are."""

@@ -34,12 +34,14 @@ import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
 from actors.entities import Recorded, bid_accepted
-from actors.messages import BidAccepted, Subscribed
-from engine.auction import Auction, Bidder, decide, evolve, snapshot
+from actors.messages import BidAccepted
+from engine.auction import Auction, Bidder, decide, evolve
 from engine.commands import PlaceBid, SoftClose, Terms
 from engine.increments import flat
 from engine.limits import VERDICTS_REMEMBERED
+from engine.public import encode_snapshot
 from engine.rejections import NOT_FOUND, Rejection
+from gateway.wire import Subscribed
 from loadtests.peers.door import auction_id, main, now_ms, running_postgres, terms_from
 
 CONNECTIONS: Final = 16
@@ -129,7 +131,7 @@ class RowLock:
         row = await self._pool.fetchrow(_READ, auction)
         if row is None:
             return NOT_FOUND
-        return Subscribed(seq=row["seq"], events=None, snapshot=snapshot(_auction(row, now_ms())), you=None)
+        return Subscribed(seq=row["seq"], events=None, snapshot=encode_snapshot(_auction(row, now_ms())), you=None)
 
 
 async def _place(connection: PoolConnectionProxy, bid: PlaceBid) -> BidAccepted | Rejection:

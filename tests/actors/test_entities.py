@@ -136,9 +136,8 @@ def test_recall_and_missed_know_what_is_in_memory(story: Story) -> None:
     assert [told(entity.recall(seq)) for seq in range(6)] == [None, *all_told(story.recorded), None]
     assert all_told(entity.missed(0)) == all_told(story.recorded)
     assert all_told(entity.missed(3)) == all_told(story.recorded[3:])
-    assert entity.missed(4) == []
-    assert entity.missed(5) is None
-    assert entity.missed(-1) is None
+    assert entity.missed(4) == entity.missed(5) == []
+    assert all_told(entity.missed(None)) == all_told(story.recorded)
     assert Entity(AUCTION).recall(1) is None
 
     snapshot = story.entity.snapshot_row()
@@ -146,7 +145,7 @@ def test_recall_and_missed_know_what_is_in_memory(story: Story) -> None:
     tail = Entity.restore(AUCTION, loaded(story, snapshot, 4))
     assert tail.recall(4) is None
     assert told(tail.recall(5)) == told(story.recorded[4])
-    assert tail.missed(3) is None
+    assert tail.missed(3) == tail.missed(4)
     assert all_told(tail.missed(4)) == all_told(story.recorded[4:])
 
 
@@ -156,7 +155,7 @@ def test_only_so_many_events_stay_in_memory(story: Story) -> None:
     last = story.entity.seq
     assert len(story.entity.recent) == RESUME_EVENTS_MAX
     assert story.entity.missed(last - RESUME_EVENTS_MAX) == story.recorded[-RESUME_EVENTS_MAX:]
-    assert story.entity.missed(last - RESUME_EVENTS_MAX - 1) is None
+    assert story.entity.missed(last - RESUME_EVENTS_MAX - 1) == story.recorded[-RESUME_EVENTS_MAX:]
     assert story.entity.recall(last - RESUME_EVENTS_MAX) is None
     assert story.entity.recall(last - RESUME_EVENTS_MAX + 1) == story.recorded[-RESUME_EVENTS_MAX]
 

@@ -27,15 +27,17 @@ from actors.messages import (
     Message,
     Noticed,
     Output,
+    Presence,
     Proof,
     Published,
     Recall,
     Request,
     ShardFrame,
-    Subscribe,
-    Subscribed,
     Unfollow,
     Unsubscribe,
+    Viewers,
+    Watch,
+    Watched,
     Welcome,
     You,
     decode_gateway_frame,
@@ -70,10 +72,10 @@ def encoded(message: GatewayFrame | ShardFrame) -> bytes:
 FROM_GATEWAYS: Final = [
     Proof("gateway", bytes(32), MAC),
     Batch([]),
-    Batch([Request(1, GetAuction(AUCTION, None)), Request(2, Unsubscribe(AUCTION))]),
+    Batch([Request(1, GetAuction(AUCTION, None)), Request(2, Unsubscribe(AUCTION)), Request(3, Viewers(AUCTION, 7))]),
     Batch([Request(3, bid(ANNA, 1_000)), Request(4, bid(ANNA, up_to=2_000)), Request(5, opening(reserve_price=1))]),
     Batch([Request(10, Follow([ANNA, MAKER])), Request(11, Unfollow([ANNA]))]),
-    Batch([Request(6, Subscribe(AUCTION, ANNA, 3)), Request(7, Recall(AUCTION, b"command", ANNA))]),
+    Batch([Request(6, Watch(AUCTION, 3, [ANNA])), Request(7, Recall(AUCTION, b"command", ANNA))]),
     Batch(
         [
             Request(8, EndAuction(auction=AUCTION, caller=MAKER, role="maker", request_id=REQUEST, reason="é")),
@@ -99,10 +101,11 @@ FROM_SHARDS: Final = [
     Welcome(MAC),
     Output([]),
     Output([Answered(1, BidAccepted(7, bytes(32), NOW, "leading", 100, 3, 900, 105, NOW + 1)), Answered(2, BUSY)]),
-    Output([Answered(3, Subscribed(5, b'{"seq":5}', None, You(1, 100, is_leading=True)))]),
+    Output([Answered(3, Watched(AUCTION, 5, b"{}", 5, b'{"seq":5}', [None, You(1, 100, is_leading=True)]))]),
     Output([Answered(4, AuctionView(5, SNAPSHOT, None, MAKER, 100, NOW, NOW)), Answered(5, Rejection("ended", "é"))]),
     Output([Answered(6, Followed()), NOTICED]),
-    Output([Published(AUCTION, 6, 7, b'{"seq":6},{"seq":7}')]),
+    Output([Published(AUCTION, 6, 7, b'{"seq":6},{"seq":7}', b'{"seq":7}', b"{}"), Presence(AUCTION, 7)]),
+    Output([Published(AUCTION, 8, 9, None, b"", b"{}")]),
 ]
 
 _MARK: Final = b"in whose place something else will stand"
@@ -154,6 +157,16 @@ class Transport:
     def __init__(self) -> None:
         self.written: list[bytes] = []
         self.is_cut = False
+
+    @property
+    def underlying_transport(self) -> "Transport":
+        return self
+
+    def set_write_buffer_limits(self, high: int) -> None:
+        pass
+
+    def get_write_buffer_size(self) -> int:
+        return 0
 
     def send_reuse_external_bytearray(self, kind: picows.WSMsgType, buffer: bytearray, offset: int) -> None:
         assert kind == picows.WSMsgType.BINARY
@@ -284,7 +297,7 @@ def test_a_gateway_takes_whatever_comes(randomness: random.Random, faults: list[
     def take(messages: list[Message]) -> None:
         nonlocal taken
         assert is_open, "answers came from who has not proved anything"
-        assert all(type(message) in {Answered, Noticed, Published} for message in messages)
+        assert all(type(message) in {Answered, Noticed, Published, Presence} for message in messages)
         taken += 1
 
     def talk(frames: int) -> int:

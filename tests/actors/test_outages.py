@@ -11,7 +11,7 @@ from actors import shard
 from actors.directory import slot_of
 from actors.journal import EntityRow, Life, Loaded, Row, Unreadable
 from actors.memory import MemoryStore
-from actors.messages import Answered, GetAuction, Subscribe, Unsubscribe
+from actors.messages import Answered, GetAuction, Unsubscribe, Watch
 from engine.commands import SoftClose
 from engine.events import Extended, decode
 from engine.limits import OUTAGE_MS, READ_AHEAD_MS, READ_TRIES, SLOTS
@@ -70,12 +70,12 @@ def extensions(store: MemoryStore, auction: UUID = AUCTION) -> list[tuple[int, i
 
 async def test_while_it_is_away_all_is_refused_and_nothing_leaves(house: House) -> None:
     watcher, outlet = Recorder(), Recorder()
-    await watcher.answer(*house.take(watcher, Subscribe(AUCTION, None, None)))
+    await watcher.answer(*house.take(watcher, Watch(AUCTION, None, [])))
     watcher.messages.clear()
     house.journal.is_away = True
     on_their_way = house.take(outlet, bid(ANNA, 1_000), GET)
     await turns(lambda: house.shard._is_away)
-    refused = house.take(outlet, bid(BEN, 2_000), GET, Subscribe(AUCTION, None, None), GetAuction(OTHER, None))
+    refused = house.take(outlet, bid(BEN, 2_000), GET, Watch(AUCTION, None, []), GetAuction(OTHER, None))
     await quiet()
     assert list(outlet.answers) == refused
     for answer in outlet.answers.values():
@@ -98,7 +98,7 @@ async def test_while_it_is_away_all_is_refused_and_nothing_leaves(house: House) 
 @pytest.mark.parametrize("is_long", [False, True])
 async def test_bids_on_their_way_are_acknowledged_once_and_in_order(house: House, lost: str, is_long: bool) -> None:
     watcher, outlet = Recorder(), Recorder()
-    await watcher.answer(*house.take(watcher, Subscribe(AUCTION, None, None)))
+    await watcher.answer(*house.take(watcher, Watch(AUCTION, None, [])))
     epoch = house.journal.epoch
     house.journal.hold()
     house.journal.loses = "write" if lost == "write" else "reply"
@@ -151,7 +151,7 @@ async def test_what_is_settled_is_what_was_decided_whatever_came_since(house: Ho
 
 async def test_unsubscribing_while_it_is_away_ends_the_events(house: House) -> None:
     outlet = Recorder()
-    await outlet.answer(*house.take(outlet, Subscribe(AUCTION, None, None)))
+    await outlet.answer(*house.take(outlet, Watch(AUCTION, None, [])))
     await lose_journal(house)
     outlet.messages.clear()
     house.take(outlet, Unsubscribe(AUCTION))
@@ -280,7 +280,7 @@ async def test_a_deadline_is_not_lost_while_it_stops_without_its_journal(house: 
 
 async def test_no_deadline_is_executed_while_it_is_away(house: House) -> None:
     watcher = Recorder()
-    await watcher.answer(*house.take(watcher, Subscribe(AUCTION, None, None)))
+    await watcher.answer(*house.take(watcher, Watch(AUCTION, None, [])))
     house.now = END - 2_000
     await lose_journal(house)
     house.be_out(END + 10_000)
@@ -348,9 +348,7 @@ async def test_a_deadline_waits_for_a_sign_of_life_after_it(house: House) -> Non
 
 async def test_what_comes_while_a_deadline_waits_keeps_its_order_and_its_moment(start: Start) -> None:
     house = await start()
-    await house.answers(
-        opening(OTHER), opening(end_time=NOW + 5_000, start_time=NOW + 1_000), Subscribe(AUCTION, None, None)
-    )
+    await house.answers(opening(OTHER), opening(end_time=NOW + 5_000, start_time=NOW + 1_000), Watch(AUCTION, None, []))
     house.journal.hold()
     outlet = Recorder()
     house.take(outlet, bid(CLEO, 1_000, auction=OTHER))

@@ -1,6 +1,7 @@
 """A shard's turns: what is decided when, what is released when, and what happens when its journal says no."""
 
 import asyncio
+import json
 from uuid import UUID
 
 import pytest
@@ -11,10 +12,13 @@ from actors.journal import Fenced, Refused, Unreadable, Unsettled
 from actors.messages import (
     Answered,
     GetAuction,
+    Presence,
     Published,
-    Subscribe,
-    Subscribed,
     Unsubscribe,
+    Viewers,
+    Watch,
+    Watched,
+    You,
 )
 from engine.commands import CancelAuction, EndAuction, OpenAuction, PlaceBid
 from engine.limits import RESUME_EVENTS_MAX, SLOTS
@@ -33,10 +37,10 @@ from tests.support.shards import (
     opening,
     recall,
     seqs,
-    subscribed,
     viewed,
+    watched,
 )
-from tests.support.waiting import quiet, turns, until
+from tests.support.waiting import LoopClock, quiet, turns, until
 
 OTHER = UUID("a0000000-0000-4000-8000-000000000001")
 GET = GetAuction(AUCTION, None)
@@ -47,14 +51,14 @@ GET = GetAuction(AUCTION, None)
 
 async def test_nothing_leaves_before_its_commit(house: House) -> None:
     watcher, bidder = Recorder(), Recorder()
-    await watcher.answer(*house.take(watcher, Subscribe(AUCTION, None, None)))
+    await watcher.answer(*house.take(watcher, Watch(AUCTION, None, [])))
     watcher.messages.clear()
     house.journal.hold()
     house.take(bidder, bid(ANNA, 1_000))
     await turns(lambda: len(house.journal.appends) == 2)
     # Taken up while the append is on its way, and decided on a state that is not in the journal yet.
     low, get, missing, topic = house.take(
-        bidder, bid(BEN, 1_000), GET, GetAuction(UUID(int=0), None), Subscribe(AUCTION, None, None)
+        bidder, bid(BEN, 1_000), GET, GetAuction(UUID(int=0), None), Watch(AUCTION, None, [])
     )
     await quiet()
     assert bidder.messages == watcher.messages == []
@@ -251,7 +255,7 @@ async def test_commands_of_makers_are_done_once(house: House) -> None:
 
 async def test_a_reason_is_kept_beside_its_event(house: House, start: Start) -> None:
     outlet = Recorder()
-    await outlet.answer(*house.take(outlet, Subscribe(AUCTION, None, None)))
+    await outlet.answer(*house.take(outlet, Watch(AUCTION, None, [])))
     cancel = CancelAuction(
         auction=AUCTION, caller=MAKER, role="maker", request_id=UUID(int=6), reason="It broke.", salt=b"salt"
     )
@@ -263,7 +267,7 @@ async def test_a_reason_is_kept_beside_its_event(house: House, start: Start) -> 
     await house.kill()
     for reason in ("It broke.", None):
         later = await start(house.store)
-        assert listed(subscribed(await later.ask(Subscribe(AUCTION, None, 1))).events)[0]["reason"] == reason
+        assert listed(watched(await later.ask(Watch(AUCTION, 1, []))).events)[0]["reason"] == reason
         await later.kill()
         house.store.private.clear()
 
@@ -349,7 +353,7 @@ async def test_a_recalled_bid_may_have_left_the_memory(start: Start, monkeypatch
 
 async def test_a_refused_append_ends_the_process_and_releases_nothing(house: House) -> None:
     outlet = Recorder()
-    await outlet.answer(*house.take(outlet, Subscribe(AUCTION, None, None)))
+    await outlet.answer(*house.take(outlet, Watch(AUCTION, None, [])))
     outlet.messages.clear()
     house.journal.append_error = Refused("UniqueViolationError")
     house.take(outlet, bid(ANNA, 1_000), GET)
@@ -449,7 +453,7 @@ async def test_a_fault_in_one_due_auction_ends_the_process(
     house: House, monkeypatch: pytest.MonkeyPatch, is_awake: bool
 ) -> None:
     outlet = Recorder()
-    await outlet.answer(*house.take(outlet, Subscribe(AUCTION, None, None)))
+    await outlet.answer(*house.take(outlet, Watch(AUCTION, None, [])))
     if not is_awake:
         await house.put_to_sleep()
 
@@ -513,7 +517,7 @@ async def test_what_is_unknown_is_not_kept_in_memory(house: House) -> None:
     unknown = [UUID(int=number) for number in range(50)]
     for auction in unknown:
         answers = await house.answers(
-            GetAuction(auction, None), Subscribe(auction, None, None), bid(ANNA, 1_000, auction=auction)
+            GetAuction(auction, None), Watch(auction, None, []), bid(ANNA, 1_000, auction=auction)
         )
         assert [code(answer) for answer in answers] == ["not_found"] * 3
     assert not any(house.is_awake(auction) for auction in unknown)
@@ -548,7 +552,7 @@ async def test_a_full_line_answers_busy_at_once(house: House, monkeypatch: pytes
 async def test_what_is_refused_of_one_delivery_is_refused_in_one(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard, "SHARD_LINE_MAX", 0)
     outlet = Recorder()
-    numbers = house.take(outlet, GET, bid(ANNA, 1_000), Unsubscribe(AUCTION), Subscribe(AUCTION, None, None))
+    numbers = house.take(outlet, GET, bid(ANNA, 1_000), Unsubscribe(AUCTION), Watch(AUCTION, None, []))
     assert [(number, code(answer)) for number, answer in outlet.answers.items()] == [
         (numbers[0], "busy"),
         (numbers[1], "busy"),
@@ -560,7 +564,7 @@ async def test_what_is_refused_of_one_delivery_is_refused_in_one(house: House, m
 async def test_unsubscribing_is_not_refused_by_a_full_line(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     outlet, stays = Recorder(), Recorder()
     for one in (outlet, stays):
-        await one.answer(*house.take(one, Subscribe(AUCTION, None, None)))
+        await one.answer(*house.take(one, Watch(AUCTION, None, [])))
     monkeypatch.setattr(shard, "SHARD_LINE_MAX", 1)
     house.journal.hold()
     house.take(stays, bid(ANNA, 1_000))
@@ -576,7 +580,7 @@ async def test_unsubscribing_is_not_refused_by_a_full_line(house: House, monkeyp
 
 async def test_unsubscribing_wakes_nobody(house: House) -> None:
     outlet = Recorder()
-    await outlet.answer(*house.take(outlet, Subscribe(AUCTION, None, None)))
+    await outlet.answer(*house.take(outlet, Watch(AUCTION, None, [])))
     await house.put_to_sleep()
     loads = len(house.journal.loads)
     house.take(outlet, Unsubscribe(AUCTION), Unsubscribe(OTHER))
@@ -593,12 +597,12 @@ async def test_unsubscribing_stays_behind_a_subscription_that_waits(house: House
     if error is not None:
         house.journal.load_errors[AUCTION] = error
     outlet = Recorder()
-    numbers = house.take(outlet, Subscribe(AUCTION, None, None), Unsubscribe(AUCTION), GET)
+    numbers = house.take(outlet, Watch(AUCTION, None, []), Unsubscribe(AUCTION), GET)
     await quiet()
     house.journal.before_load.set()
     await outlet.answer(numbers[2])
     assert list(outlet.answers) == [numbers[0], numbers[2]]
-    assert isinstance(outlet.answers[numbers[0]], Rejection if error else Subscribed)
+    assert isinstance(outlet.answers[numbers[0]], Rejection if error else Watched)
     assert not house.shard._watchers
     assert house.shard._line == 0
 
@@ -606,18 +610,18 @@ async def test_unsubscribing_stays_behind_a_subscription_that_waits(house: House
 async def test_unsubscribing_waits_only_behind_a_subscription_of_its_own(house: House) -> None:
     """What is never refused must not fill the memory."""
     watcher, other = Recorder(), Recorder()
-    await watcher.answer(*house.take(watcher, Subscribe(AUCTION, None, None)))
+    await watcher.answer(*house.take(watcher, Watch(AUCTION, None, [])))
     await house.put_to_sleep()
     house.journal.before_load.clear()
     (get,) = house.take(watcher, GET)
-    (subscribed_at,) = house.take(other, Subscribe(AUCTION, None, None))
+    (subscribed_at,) = house.take(other, Watch(AUCTION, None, []))
     for _ in range(10):
         house.take(watcher, Unsubscribe(AUCTION))
     assert house.shard._line == len(house.shard._waking[AUCTION]) == 2
     assert AUCTION not in house.shard._watchers
     house.journal.before_load.set()
     assert viewed(await watcher.answer(get)).seq == 1
-    assert isinstance(await other.answer(subscribed_at), Subscribed)
+    assert isinstance(await other.answer(subscribed_at), Watched)
     assert list(house.shard._watchers[AUCTION]) == [other]
     assert house.shard._line == 0
 
@@ -708,7 +712,7 @@ async def test_an_auction_opens_and_ends_by_the_clock(start: Start) -> None:
     outlet = Recorder()
     # Both deadlines are a moment ahead of the clock, which stands until it is moved.
     await house.ask(opening(start_time=NOW + 1, end_time=NOW + 2))
-    await outlet.answer(*house.take(outlet, Subscribe(AUCTION, None, None)))
+    await outlet.answer(*house.take(outlet, Watch(AUCTION, None, [])))
     assert kinds(house.store) == ["scheduled"]
     house.now = NOW + 1
     await outlet.events(2)
@@ -752,7 +756,7 @@ async def test_a_deadline_of_what_sleeps_is_tried_again_while_it_cannot_be_read(
 async def test_what_is_due_comes_before_any_command(house: House) -> None:
     await house.ask(opening(OTHER, start_time=NOW + 5, end_time=END))
     outlet = Recorder()
-    await outlet.answer(*house.take(outlet, Subscribe(AUCTION, None, None)))
+    await outlet.answer(*house.take(outlet, Watch(AUCTION, None, [])))
     house.now = NOW + 5
     assert accepted(await house.ask(bid(ANNA, 1_000, auction=OTHER))).seq == 3
     assert kinds(house.store, OTHER) == ["scheduled", "opened", "bid_placed"]
@@ -800,7 +804,7 @@ async def test_only_what_is_idle_and_committed_goes_to_sleep_with_a_snapshot(hou
     await house.ask(opening(OTHER))
     await house.ask(bid(ANNA, 1_000))
     house.now = NOW + 10
-    await house.answers(Subscribe(OTHER, None, None), GET)
+    await house.answers(Watch(OTHER, None, []), GET)
     # Whoever only looks keeps nothing awake.
     house.shard.sleep_idle(NOW + 9)
     assert (house.is_awake(AUCTION), house.is_awake(OTHER)) == (False, True)
@@ -853,7 +857,7 @@ async def test_so_many_auctions_stay_awake(start: Start, monkeypatch: pytest.Mon
     (number,) = house.take(outlet, bid(ANNA, 1_000, auction=auctions[3]))
     await turns(lambda: len(house.journal.appends) == 13)
     house.now += 1
-    house.take(outlet, *(Subscribe(auction, None, None) for auction in awake() if auction != auctions[3]))
+    house.take(outlet, *(Watch(auction, None, []) for auction in awake() if auction != auctions[3]))
     *_, last = house.take(outlet, opening(auctions[11]), opening(auctions[12]))
     await quiet()
     assert house.is_awake(auctions[12])
@@ -920,7 +924,7 @@ async def test_idle_auctions_are_put_to_sleep_by_themselves(start: Start, monkey
 
 async def test_watchers_of_what_sleeps_get_what_happens_after_it_wakes(house: House) -> None:
     outlet = Recorder()
-    await outlet.answer(*house.take(outlet, Subscribe(AUCTION, None, None)))
+    await outlet.answer(*house.take(outlet, Watch(AUCTION, None, [])))
     await house.put_to_sleep()
     await house.ask(bid(ANNA, 1_000))
     await outlet.events(2)
@@ -951,53 +955,57 @@ async def test_a_snapshot_every_so_many_events_holds_only_what_is_committed(
     assert saved.hash == house.store.journal[AUCTION][3].hash
 
 
-# Subscriptions
+# Watching
 
 
-async def test_a_subscription_without_since_gets_the_state(house: House) -> None:
+async def test_who_watches_gets_the_state_and_the_standings(house: House) -> None:
     await house.answers(bid(ANNA, up_to=4_000), bid(BEN, 1_500))
-    guest, anna, ben = await house.answers(*(Subscribe(AUCTION, viewer, None) for viewer in (None, ANNA, BEN)))
-    state = subscribed(guest).snapshot
-    assert (subscribed(guest).seq, subscribed(guest).events, subscribed(guest).you) == (3, None, None)
-    assert state is not None
-    assert (state.price, state.leader, state.bids) == (2_000, 1, 2)
-    assert (subscribed(anna).snapshot, subscribed(ben).snapshot) == (state, state)
-    you = subscribed(anna).you
-    assert you is not None
-    assert (you.paddle, you.max_amount, you.is_leading) == (1, 4_000, True)
-    you = subscribed(ben).you
-    assert you is not None
-    assert (you.paddle, you.max_amount, you.is_leading) == (2, 1_500, False)
+    answer = watched(await house.ask(Watch(AUCTION, None, [CLEO, ANNA, BEN])))
+    state = json.loads(answer.snapshot)
+    assert answer.seq == 3
+    assert (state["price"], state["leader"], state["bids"]) == (2_000, 1, 2)
+    assert answer.you == [None, You(1, 4_000, is_leading=True), You(2, 1_500, is_leading=False)]
 
 
-async def test_a_subscription_with_since_gets_what_was_missed(house: House) -> None:
+async def test_who_watches_gets_what_was_missed(house: House) -> None:
     await house.answers(bid(ANNA, up_to=4_000), bid(BEN, 1_500), bid(ANNA, up_to=5_000, bid_id=2))
     for since in range(5):
-        answer = subscribed(await house.ask(Subscribe(AUCTION, BEN, since)))
-        assert (answer.seq, answer.snapshot) == (4, None)
+        answer = watched(await house.ask(Watch(AUCTION, since, [])))
+        assert (answer.seq, answer.first) == (4, since + 1)
         assert [event["seq"] for event in listed(answer.events)] == list(range(since + 1, 5))
-        assert answer.you is not None
-    assert listed(subscribed(await house.ask(Subscribe(AUCTION, None, 3))).events) == [
-        {"seq": 4, "at": NOW, "kind": "private"}
-    ]
-    ahead = subscribed(await house.ask(Subscribe(AUCTION, None, 5)))
-    assert (ahead.events, ahead.snapshot is not None) == (None, True)
+    assert listed(watched(await house.ask(Watch(AUCTION, 3, []))).events) == [{"seq": 4, "at": NOW, "kind": "private"}]
+    ahead = watched(await house.ask(Watch(AUCTION, 5, [])))
+    assert (ahead.seq, ahead.first, ahead.events) == (4, 5, b"")
 
 
-async def test_too_old_a_since_gets_the_state(house: House) -> None:
+async def test_who_missed_too_much_gets_as_much_as_there_is(house: House) -> None:
     for number in range(RESUME_EVENTS_MAX):
         house.take(Recorder(), bid(ANNA, up_to=1_000 + number, bid_id=number))
     assert viewed(await house.ask(GET)).seq == RESUME_EVENTS_MAX + 1
-    too_old, oldest = await house.answers(Subscribe(AUCTION, None, 0), Subscribe(AUCTION, None, 1))
-    assert (subscribed(too_old).events, subscribed(too_old).snapshot is not None) == (None, True)
-    assert len(listed(subscribed(oldest).events)) == RESUME_EVENTS_MAX
+    too_old, oldest = await house.answers(Watch(AUCTION, 0, []), Watch(AUCTION, 1, []))
+    assert watched(too_old) == watched(oldest)
+    assert watched(oldest).first == 2
+    assert len(listed(watched(oldest).events)) == RESUME_EVENTS_MAX
+
+
+async def test_who_asks_for_nothing_older_gets_as_much_as_fits(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    await house.answers(*(bid(ANNA, up_to=1_000 + number, bid_id=number) for number in range(9)))
+    whole = watched(await house.ask(Watch(AUCTION, 0, [])))
+    assert (await house.ask(Watch(AUCTION, None, []))) == whole
+    last = listed(whole.events)[-3:]
+    size = sum(len(json.dumps(event, separators=(",", ":"))) + 1 for event in last)
+    for bytes_max, count in ((size, 3), (size - 1, 2), (0, 0)):
+        monkeypatch.setattr(entities, "TOPIC_EVENTS_BYTES_MAX", bytes_max)
+        some = watched(await house.ask(Watch(AUCTION, None, [])))
+        assert listed(some.events) == (last[-count:] if count else [])
+        assert (some.first, some.snapshot) == (some.seq + 1 - count, whole.snapshot)
 
 
 async def test_events_stand_right_around_a_subscription_within_one_turn(house: House) -> None:
     watcher, bidder = Recorder(), Recorder()
-    await watcher.answer(*house.take(watcher, Subscribe(AUCTION, None, None)))
+    await watcher.answer(*house.take(watcher, Watch(AUCTION, None, [])))
     watcher.messages.clear()
-    _, topic, _ = house.take(watcher, bid(ANNA, 1_000), Subscribe(AUCTION, None, None), bid(BEN, 2_000, bid_id=2))
+    _, topic, _ = house.take(watcher, bid(ANNA, 1_000), Watch(AUCTION, None, []), bid(BEN, 2_000, bid_id=2))
     house.take(bidder, bid(CLEO, 3_000))
     await watcher.events(4)
     shown = []
@@ -1005,7 +1013,7 @@ async def test_events_stand_right_around_a_subscription_within_one_turn(house: H
         if isinstance(message, Published):
             shown += [("event", seq) for seq in seqs([message])]
         elif isinstance(message, Answered) and message.request == topic:
-            shown.append(("subscribed", subscribed(message.answer).seq))
+            shown.append(("subscribed", watched(message.answer).seq))
     assert shown == [("event", 2), ("subscribed", 2), ("event", 3), ("event", 4)]
     # Who only bids gets no events.
     assert bidder.published == []
@@ -1013,15 +1021,15 @@ async def test_events_stand_right_around_a_subscription_within_one_turn(house: H
 
 async def test_who_subscribes_while_bids_wait_gets_them_once(house: House) -> None:
     outlet, late = Recorder(), Recorder()
-    await outlet.answer(*house.take(outlet, Subscribe(AUCTION, None, None)))
+    await outlet.answer(*house.take(outlet, Watch(AUCTION, None, [])))
     house.journal.hold()
     house.take(outlet, bid(ANNA, 1_000))
     await turns(lambda: len(house.journal.appends) == 2)
-    (topic,) = house.take(late, Subscribe(AUCTION, None, 0))
+    (topic,) = house.take(late, Watch(AUCTION, 0, []))
     house.take(outlet, bid(BEN, 2_000))
     house.journal.let_go()
     await late.events(3)
-    answer = subscribed(late.answers[topic])
+    answer = watched(late.answers[topic])
     assert [event["seq"] for event in listed(answer.events)] == [1, 2]
     # What came before its `subscribed` is covered by it; after it, nothing is missing.
     after = late.messages[late.messages.index(Answered(topic, answer)) + 1 :]
@@ -1033,7 +1041,7 @@ async def test_who_subscribes_while_bids_wait_gets_them_once(house: House) -> No
 
 async def test_a_batch_of_events_is_one_frame(house: House) -> None:
     watcher = Recorder()
-    await watcher.answer(*house.take(watcher, Subscribe(AUCTION, None, None)))
+    await watcher.answer(*house.take(watcher, Watch(AUCTION, None, [])))
     house.take(Recorder(), *(bid(BEN if n % 2 else ANNA, 1_000 + 500 * n, bid_id=n) for n in range(8)))
     await watcher.events(9)
     assert [(frame.first, frame.last) for frame in watcher.published] == [(2, 9)]
@@ -1043,7 +1051,7 @@ async def test_unsubscribing_and_leaving_end_the_events(house: House) -> None:
     await house.ask(opening(OTHER))
     one, two, three = Recorder(), Recorder(), Recorder()
     for outlet in (one, two, three):
-        numbers = house.take(outlet, Subscribe(AUCTION, None, None), Subscribe(OTHER, None, None))
+        numbers = house.take(outlet, Watch(AUCTION, None, []), Watch(OTHER, None, []))
         await outlet.answer(numbers[-1])
     house.take(two, Unsubscribe(AUCTION))
     house.take(two, Unsubscribe(AUCTION))
@@ -1063,12 +1071,119 @@ async def test_who_left_while_its_auction_was_read_is_not_kept(house: House, sta
     second = await start(house.store)
     second.journal.before_load.clear()
     outlet = Recorder()
-    (number,) = second.take(outlet, Subscribe(AUCTION, None, None))
+    (number,) = second.take(outlet, Watch(AUCTION, None, []))
     outlet.is_gone = True
     second.shard.leave(outlet)
     second.journal.before_load.set()
     await outlet.answer(number)
     assert not second.shard._watchers
+
+
+async def test_a_snapshot_goes_with_the_events_and_is_never_ahead_of_them(house: House) -> None:
+    watcher = Recorder()
+    await watcher.answer(*house.take(watcher, Watch(AUCTION, None, [])))
+    house.journal.hold()
+    house.take(Recorder(), bid(ANNA, 1_000))
+    await turns(lambda: len(house.journal.appends) == 2)
+    # Decided while the turn before it waits for its commit.
+    house.take(Recorder(), bid(BEN, 2_000), bid(CLEO, 3_000))
+    house.journal.let_go()
+    await watcher.events(4)
+    first, second = watcher.published
+    assert (first.last, told(first)) == (2, (1, 1_000))
+    assert (second.last, told(second)) == (4, (3, 3_000))
+
+
+async def test_what_is_never_dropped_stands_beside_the_events(start: Start) -> None:
+    house, watcher = await start(), Recorder()
+    await house.ask(opening(soft_close=SOFT_CLOSE))
+    await watcher.answer(*house.take(watcher, Watch(AUCTION, None, [])))
+    house.now = END - 1_000
+    house.take(Recorder(), bid(ANNA, 1_000), bid(BEN, 2_000))
+    house.now = END + 40_000
+    house.take(Recorder(), bid(ANNA, 3_000, bid_id=2))
+    house.now = END + SOFT_CLOSE.max_extension_ms
+    await house.ask(GET)
+    events = [event for frame in watcher.published for event in listed(frame.events)]
+    kept = [event for frame in watcher.published for event in listed(frame.kept)]
+    assert kept == [event for event in events if event["kind"] != "bid_placed"]
+    assert [event["kind"] for event in kept] == ["extended", "extended", "ended"]
+
+
+async def test_in_the_midst_of_a_turn_there_is_no_snapshot(house: House) -> None:
+    watcher, other = Recorder(), Recorder()
+    await watcher.answer(*house.take(watcher, Watch(AUCTION, None, [])))
+    house.take(other, bid(ANNA, 1_000), Watch(AUCTION, None, []), bid(BEN, 2_000), Watch(AUCTION, None, []))
+    await watcher.events(3)
+    first, second = watcher.published
+    assert (first.last, first.snapshot) == (2, None)
+    assert (second.last, told(second)) == (3, (2, 2_000))
+
+
+async def test_without_watchers_nothing_is_encoded(house: House) -> None:
+    await house.ask(bid(ANNA, 1_000))
+    house.take(Recorder(), bid(BEN, 2_000))
+    assert (house.shard._turn.watched, house.shard._turn.steps[0]) == ({}, house.shard._turn.steps[-1])
+
+
+def told(published: Published) -> tuple[int, int]:
+    """How many bids there are and what the price is, by a frame's snapshot."""
+    assert published.snapshot is not None
+    snapshot = json.loads(published.snapshot)
+    return snapshot["bids"], snapshot["price"]
+
+
+# Presence
+
+
+async def test_viewers_are_summed_and_told_to_who_watches(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = LoopClock(monkeypatch)
+    one, two, stranger = Recorder(), Recorder(), Recorder()
+    for outlet in (one, two):
+        await outlet.answer(*house.take(outlet, Watch(AUCTION, None, [])))
+    house.take(one, Viewers(AUCTION, 3))
+    house.take(stranger, Viewers(AUCTION, 9))
+    assert (viewers(one), viewers(two), viewers(stranger)) == ([3], [], [])
+    house.take(two, Viewers(AUCTION, 4))
+    house.take(one, Viewers(AUCTION, 1))
+    assert viewers(one) == [3]
+    await clock.advance(1_000)
+    assert (viewers(one), viewers(two)) == ([3, 5], [5])
+    await clock.advance(1_000)
+    house.take(one, Viewers(AUCTION, 1))
+    assert viewers(two) == [5]
+    # Who leaves takes its viewers with it.
+    two.is_gone = True
+    house.shard.leave(two)
+    assert viewers(one) == [3, 5, 1]
+    house.take(one, Unsubscribe(AUCTION))
+    await clock.advance(10_000)
+    assert viewers(one) == [3, 5, 1]
+    assert house.shard._audiences._audiences == {}
+    assert house.deaths == []
+
+
+async def test_a_full_room_is_told_less_often(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = LoopClock(monkeypatch)
+    outlet = Recorder()
+    await outlet.answer(*house.take(outlet, Watch(AUCTION, None, [])))
+    house.take(outlet, Viewers(AUCTION, 10_000))
+    house.take(outlet, Viewers(AUCTION, 9_999))
+    await clock.advance(9_999)
+    assert viewers(outlet) == [10_000]
+    await clock.advance(1)
+    assert viewers(outlet) == [10_000, 9_999]
+
+
+async def test_viewers_wake_nobody(house: House) -> None:
+    await house.put_to_sleep()
+    house.take(Recorder(), Viewers(AUCTION, 1))
+    assert not house.is_awake()
+    assert house.shard._line == 0
+
+
+def viewers(outlet: Recorder) -> list[int]:
+    return [message.viewers for message in outlet.messages if isinstance(message, Presence)]
 
 
 # The end
@@ -1151,7 +1266,7 @@ async def test_stop_waits_for_snapshots_whatever_else_ends_meanwhile(
 
 async def test_who_unsubscribes_while_it_stops_is_not_refused(house: House) -> None:
     outlet = Recorder()
-    await outlet.answer(*house.take(outlet, Subscribe(AUCTION, None, None)))
+    await outlet.answer(*house.take(outlet, Watch(AUCTION, None, [])))
     outlet.messages.clear()
     house.journal.hold()
     house.take(Recorder(), bid(ANNA, 1_000))
@@ -1186,7 +1301,7 @@ async def test_ask_is_the_same_turn_without_a_link(house: House) -> None:
     verdict = await house.ask(bid(ANNA, 1_000))
     outlet = Recorder()
     assert await outlet.answer(*house.take(outlet, bid(ANNA, 1_000))) == verdict
-    topic = subscribed(await house.ask(Subscribe(AUCTION, ANNA, 0)))
-    assert topic.you is not None
+    topic = watched(await house.ask(Watch(AUCTION, 0, [ANNA])))
+    assert topic.you == [You(1, 1_000, is_leading=True)]
     # The outlet of an answered question takes what comes after, and does nothing with it.
     assert accepted(await house.ask(bid(BEN, 2_000))).seq == 3

@@ -19,7 +19,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
 
 from tests.e2e.engine import Engine
-from tests.simulation.history import Connected, Events, Record, Sent, Subscribing, subscribed, verdict
+from tests.simulation.history import Connected, Events, Record, Sent, Subscribing, state, subscribed, verdict
 
 Message = dict[str, Any]
 
@@ -229,9 +229,15 @@ class Watcher:
         await self._saw(answer["seq"])
         async for text in live.socket:
             message = json.loads(text)
-            assert message["type"] == "events", message
-            self._history.append(Events(**here, auction=self.auction, events=message["events"], at=now_ms()))
-            await self._saw(message["events"][-1]["seq"])
+            match message["type"]:
+                case "events":
+                    self._history.append(Events(**here, auction=self.auction, events=message["events"], at=now_ms()))
+                    await self._saw(message["events"][-1]["seq"])
+                case "state":
+                    self._history.append(state(self._name, self.connections, message, now_ms()))
+                    await self._saw(message["seq"])
+                case other:
+                    assert other == "presence", message
 
     async def _saw(self, seq: int) -> None:
         self.seq = seq

@@ -10,7 +10,7 @@ import httpx
 
 from actors.entities import Entity, bid_accepted
 from actors.journal import EntityRow, Row
-from actors.messages import Answer, GetAuction, Payload, Subscribe, Unsubscribe
+from actors.messages import Answer, GetAuction, Payload, Unsubscribe, Viewers, Watch
 from engine.auction import decide, due_at
 from engine.commands import ExecuteDue, OpenAuction, PlaceBid, Role
 from engine.rejections import Rejection
@@ -47,7 +47,7 @@ class EngineRouter:
         return answer if answer is not None else await self._decide(payload)
 
     async def _decide(self, payload: Payload) -> Answer:
-        assert not isinstance(payload, Subscribe | Unsubscribe), "HTTP asks for no events"
+        assert not isinstance(payload, Watch | Unsubscribe | Viewers), "HTTP asks for no events"
         entity = self._entities.setdefault(payload.auction, Entity(payload.auction))
         while entity.state is not None and (due := due_at(entity.state)) is not None and due <= self._clock():
             await self._record(entity, ExecuteDue(payload.auction))

@@ -8,33 +8,20 @@ from uuid import UUID
 
 import pytest
 
-from actors.messages import Answer, Payload, Published, Subscribe, Subscribed, Unsubscribe
-from engine.auction import Snapshot
+from actors.messages import Answer, Payload, Presence, Published, Unsubscribe, Viewers, Watch, Watched, You
+from engine.limits import RESUME_EVENTS_MAX, SOCKETS_PER_SLICE, TICK_MS
 from engine.rejections import Rejection
-from gateway import fanout
-from gateway.fanout import SLICE_SOCKETS, Fanout
-from tests.support.waiting import quiet, turns
+from gateway import fanout, topic
+from gateway.fanout import Fanout
+from gateway.wire import Subscribed
+from tests.gateway.test_topic import events, folded, published, view
+from tests.support.waiting import LoopClock, quiet, turns
 
 TOPIC, OTHER = UUID(int=1), UUID(int=2)
-USER = UUID(int=3)
+ANNA, BEN = UUID(int=3), UUID(int=4)
 NOT_FOUND = Rejection("not_found", "There is no such auction.")
 UNAVAILABLE = Rejection("unavailable", "Away.", is_transient=True)
-SNAPSHOT = Snapshot(
-    auction=TOPIC,
-    story=None,
-    title="A bowl",
-    currency="USD",
-    status="active",
-    starting_price=1,
-    price=1,
-    minimum=1,
-    bids=0,
-    leader=None,
-    reserve_met=None,
-    start_time=0,
-    end_time=1,
-    outcome=None,
-)
+LEADS = You(1, 100, is_leading=True)
 
 
 class Shards:
@@ -46,7 +33,7 @@ class Shards:
 
     def submit(self, payload: Payload, on_answer: Callable[[Answer], None]) -> None:
         self.submitted.append(payload)
-        if not isinstance(payload, Unsubscribe):
+        if not isinstance(payload, Unsubscribe | Viewers):
             self._waiting.append(on_answer)
 
     def shard_of(self, entity_id: UUID) -> int:
@@ -66,93 +53,231 @@ class Socket:
 
     def __init__(self) -> None:
         self.log: list[Any] = []
-        self.frames: list[list[int]] = []
+        self.frames: list[bytes] = []
+        self.you: You | None = None
         self.is_behind = False
+        self.is_closed = False
 
     def send(self, frame: bytes) -> None:
+        self.frames.append(frame)
         message = json.loads(frame)
-        assert message["type"] == "events"
-        self.frames.append([event["seq"] for event in message["events"]])
-        self.log += self.frames[-1]
+        match message["type"]:
+            case "events":
+                self.log.append([event["seq"] for event in message["events"]])
+            case "state":
+                assert message["snapshot"] == {"at": message["seq"]}
+                self.log.append((f"state {message['seq']}", [event["seq"] for event in message["events"]]))
+            case "presence":
+                self.log.append(f"{message['viewers']} viewers")
 
-    def fall_behind(self) -> None:
-        self.is_behind = True
+    def close_as_too_slow(self) -> None:
+        self.is_closed = True
 
     def subscribed(self, answer: Subscribed | Rejection) -> None:
-        self.log.append(answer.code if isinstance(answer, Rejection) else f"at {answer.seq}")
+        if isinstance(answer, Rejection):
+            self.log.append(answer.code)
+            return
+        self.you = answer.you
+        if answer.events is None:
+            assert answer.snapshot == view(answer.seq)
+            self.log.append(f"at {answer.seq}")
+        else:
+            assert answer.snapshot is None
+            missed = [event["seq"] for event in json.loads(b"[" + answer.events + b"]")]
+            self.log.append((f"all to {answer.seq}", missed))
 
 
 class Hall:
     """A fan-out with what is around it."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: LoopClock) -> None:
+        self.clock = clock
         self.shards = Shards()
         self.fanout = Fanout(self.shards)
 
-    def ask(self, socket: Socket, topic: UUID = TOPIC, since: int | None = None) -> None:
-        self.fanout.subscribe(topic, USER, since, socket, socket.subscribed)
-
-    def watch(self, seq: int, topic: UUID = TOPIC) -> Socket:
-        """A socket that watches since `seq`."""
+    def ask(self, topic_id: UUID = TOPIC, since: int | None = None, viewer: UUID | None = None) -> Socket:
+        """A new socket subscribes."""
         socket = Socket()
-        self.ask(socket, topic)
-        self.shards.answer(at(seq))
+        self.ask_again(socket, topic_id, since, viewer)
         return socket
 
-    def publish(self, first: int, last: int, topic: UUID = TOPIC) -> None:
-        self.fanout.published(Published(topic, first, last, events(first, last)))
+    def ask_again(
+        self, socket: Socket, topic_id: UUID = TOPIC, since: int | None = None, viewer: UUID | None = None
+    ) -> None:
+        self.fanout.subscribe(topic_id, viewer, since, socket, socket.subscribed)
+
+    def watch(self, seq: int, topic_id: UUID = TOPIC) -> Socket:
+        """A guest who watches since `seq`, the first or one more."""
+        socket = self.ask(topic_id)
+        if not socket.log:
+            self.shards.answer(at(seq))
+        assert socket.log == [f"at {seq}"]
+        self.shards.pop()
+        return socket
+
+    def publish(self, first: int, last: int, *extended: int, topic_id: UUID = TOPIC) -> None:
+        frame = published(first, last, *extended)
+        self.fanout.published(Published(topic_id, first, last, frame.events, frame.kept, frame.snapshot))
+
+    async def tick(self) -> None:
+        """A tick passes, and all that can happen happens."""
+        await self.clock.advance(TICK_MS)
 
 
 @pytest.fixture
-def hall() -> Hall:
-    return Hall()
+async def hall(monkeypatch: pytest.MonkeyPatch) -> Hall:
+    return Hall(LoopClock(monkeypatch))
 
 
-def events(first: int, last: int) -> bytes:
-    return ",".join(f'{{"seq":{seq}}}' for seq in range(first, last + 1)).encode()
+def at(seq: int, *you: You | None) -> Watched:
+    """An answer that tells nothing of before."""
+    return Watched(TOPIC, seq, view(seq), seq + 1, b"", list(you))
 
 
-def at(seq: int) -> Subscribed:
-    return Subscribed(seq, None, SNAPSHOT, None)
+def all_of(first: int, seq: int, *you: You | None) -> Watched:
+    """An answer with the events from `first` on."""
+    return Watched(TOPIC, seq, view(seq), first, events(first, seq), list(you))
 
 
-def recovered(first: int, last: int) -> Subscribed:
-    return Subscribed(last, events(first, last), None, None)
+# Subscribing
 
 
 async def test_a_socket_gets_its_subscription_and_then_every_event(hall: Hall) -> None:
-    socket = Socket()
-    hall.ask(socket, since=3)
-    assert hall.shards.pop() == [Subscribe(TOPIC, USER, 3)]
-    hall.shards.answer(at(5))
+    socket = hall.ask(since=3)
+    assert hall.shards.pop() == [Watch(TOPIC, 3, [])]
+    hall.shards.answer(all_of(4, 5))
+    hall.publish(6, 7)
+    await hall.tick()
+    hall.publish(8, 8)
+    await hall.tick()
+    assert socket.log == [("all to 5", [4, 5]), [6, 7], [8]]
+
+
+async def test_guests_of_a_known_topic_are_answered_at_once(hall: Hall) -> None:
+    hall.ask(since=3)
+    hall.shards.answer(all_of(4, 5))
     hall.publish(6, 7)
     hall.publish(8, 8)
-    await quiet()
-    assert socket.log == ["at 5", 6, 7, 8]
+    hall.shards.pop()
+    asked = {since: hall.ask(since=since) for since in (None, 3, 5, 6, 7, 8)}
+    assert {since: socket.log for since, socket in asked.items()} == {
+        None: ["at 8"],
+        3: [("all to 8", [4, 5, 6, 7, 8])],
+        5: [("all to 8", [6, 7, 8])],
+        6: [("all to 8", [7, 8])],
+        7: [("all to 8", [8])],
+        8: [("all to 8", [])],
+    }
+    assert hall.shards.pop() == []
+    await hall.tick()
+    hall.publish(9, 9)
+    await hall.tick()
+    assert all(socket.log[1:] == [[9]] for socket in asked.values())
 
 
-async def test_each_socket_asks_for_itself_and_gets_what_comes_after_its_own_answer(hall: Hall) -> None:
-    first = hall.watch(5)
-    hall.publish(6, 6)
-    second = Socket()
-    hall.ask(second)
-    hall.publish(7, 7)
+async def test_too_old_for_everybody_is_a_snapshot_at_once(hall: Hall) -> None:
+    hall.watch(RESUME_EVENTS_MAX + 5)
+    assert hall.ask(since=4).log == [f"at {RESUME_EVENTS_MAX + 5}"]
+    assert hall.shards.pop() == []
+
+
+async def test_what_only_the_shard_remembers_is_asked_of_it_once(hall: Hall) -> None:
+    hall.watch(9)
+    one, two, three = hall.ask(since=7), hall.ask(since=5), hall.ask(since=6)
+    assert hall.shards.pop() == [Watch(TOPIC, 7, [])]
+    hall.shards.answer(all_of(8, 9))
+    assert hall.shards.pop() == [Watch(TOPIC, 5, [])]
+    hall.shards.answer(all_of(6, 9))
+    assert one.log == [("all to 9", [8, 9])]
+    assert two.log == [("all to 9", [6, 7, 8, 9])]
+    assert three.log == [("all to 9", [7, 8, 9])]
+    # Now it is remembered here, too.
+    assert hall.ask(since=5).log == two.log
+    assert hall.shards.pop() == []
+
+
+async def test_what_the_shard_does_not_remember_either_is_a_snapshot(hall: Hall) -> None:
+    socket = hall.ask(since=2)
+    hall.shards.answer(all_of(5, 9))
+    assert socket.log == ["at 9"]
+
+
+async def test_who_is_ahead_is_not_sent_back_by_a_gateway_that_is_behind(hall: Hall) -> None:
+    hall.watch(5)
+    ahead, wrong = hall.ask(since=7), hall.ask(since=70)
+    assert hall.shards.pop() == [Watch(TOPIC, 5, [])]
+    hall.publish(6, 7)
     hall.shards.answer(at(7))
     hall.publish(8, 8)
-    await quiet()
-    assert first.log == ["at 5", 6, 7, 8]
-    assert second.log == ["at 7", 8]
-    assert len(hall.shards.pop()) == 2
+    hall.shards.answer(at(8))
+    await hall.tick()
+    assert ahead.log == [("all to 7", []), [8]]
+    assert wrong.log == ["at 8"]
 
 
-async def test_events_that_precede_the_first_answer_are_in_it(hall: Hall) -> None:
-    socket = Socket()
-    hall.ask(socket)
+async def test_standings_are_asked_for_and_given_to_their_owners(hall: Hall) -> None:
+    watcher = hall.watch(5)
+    anna, ben, guest = hall.ask(viewer=ANNA), hall.ask(viewer=BEN, since=5), hall.ask()
+    again = hall.ask(viewer=BEN)
+    assert guest.log == ["at 5"]
+    assert hall.shards.pop() == [Watch(TOPIC, 5, [ANNA])]
+    hall.shards.answer(at(5, LEADS))
+    assert (anna.log, anna.you, ben.log) == (["at 5"], LEADS, [])
+    # One user on two sockets is asked for once.
+    assert hall.shards.pop() == [Watch(TOPIC, 5, [BEN])]
+    hall.publish(6, 6)
+    hall.shards.answer(at(6, None))
+    assert (ben.log, ben.you, again.log) == (["at 6"], None, ["at 6"])
+    await hall.tick()
+    assert watcher.log == anna.log == ["at 5", [6]]
+
+
+async def test_ten_thousand_guests_are_one_question(hall: Hall) -> None:
+    sockets = [hall.ask(since=7) for _ in range(10_000)]
+    hall.shards.answer(all_of(8, 9))
+    await turns(lambda: all(socket.log for socket in sockets))
+    assert hall.shards.pop() == [Watch(TOPIC, 7, [])]
+    assert all(socket.log == [("all to 9", [8, 9])] for socket in sockets)
+
+
+async def test_ten_thousand_users_are_a_handful_of_questions(hall: Hall, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fanout, "WATCH_VIEWERS_MAX", 3_000)
+    sockets = [hall.ask(viewer=UUID(int=number)) for number in range(10_000)]
+    questions = hall.shards.pop()
+    while questions:
+        (question,) = questions
+        assert isinstance(question, Watch)
+        hall.shards.answer(at(9, *(LEADS for _ in question.viewers)))
+        questions = hall.shards.pop()
+        assert len(questions) <= 1
+    await turns(lambda: all(socket.log for socket in sockets))
+    assert all((socket.log, socket.you) == (["at 9"], LEADS) for socket in sockets)
+
+
+async def test_many_are_answered_in_slices_and_miss_nothing_meanwhile(hall: Hall) -> None:
+    hall.watch(4)
+    sockets = [hall.ask(viewer=ANNA) for _ in range(3 * SOCKETS_PER_SLICE)]
+    hall.shards.answer(at(4, None))
+    hall.shards.answer(at(4, LEADS))
+    assert sum(bool(socket.log) for socket in sockets) == 1 + SOCKETS_PER_SLICE
+    hall.publish(5, 6)
+    hall.publish(7, 7, 7)
+    await turns(lambda: all(socket.log for socket in sockets))
+    await hall.tick()
+    assert {str(socket.log) for socket in sockets} == {
+        str(["at 4", [5, 6], [7]]),
+        str(["at 4", ("state 7", [7])]),
+    }
+    assert all(socket.you == LEADS for socket in sockets[1:])
+
+
+async def test_a_topic_is_known_from_its_first_answer_on(hall: Hall) -> None:
+    socket = hall.ask()
     hall.publish(1, 4)
     hall.shards.answer(at(4))
     hall.publish(5, 5)
-    await quiet()
-    assert socket.log == ["at 4", 5]
+    await hall.tick()
+    assert socket.log == ["at 4", [5]]
 
 
 async def test_what_came_already_is_not_sent_again(hall: Hall) -> None:
@@ -160,55 +285,28 @@ async def test_what_came_already_is_not_sent_again(hall: Hall) -> None:
     hall.publish(4, 5)
     hall.publish(6, 6)
     hall.publish(6, 6)
-    await quiet()
-    assert socket.log == ["at 5", 6]
-
-
-async def test_a_hole_is_asked_for(hall: Hall, caplog: pytest.LogCaptureFixture) -> None:
-    one, two = hall.watch(5), hall.watch(5)
-    hall.shards.pop()
-    hall.publish(7, 7)
-    hall.publish(8, 8)
-    assert hall.shards.pop() == [Subscribe(TOPIC, None, 5)]
-    assert "events 6 to 6 are missing" in caplog.text
-    hall.shards.answer(recovered(6, 8))
-    hall.publish(9, 9)
-    await quiet()
-    assert one.log == two.log == ["at 5", 6, 7, 8, 9]
-    assert not one.is_behind
-
-
-async def test_who_subscribed_within_what_was_asked_for_comes_back(hall: Hall) -> None:
-    """Of events that came as one piece none can be left out: better closed than told twice."""
-    one, late = hall.watch(5), Socket()
-    hall.ask(late)
-    hall.publish(8, 8)
-    hall.shards.answer(at(7))
-    hall.shards.answer(recovered(6, 9))
-    await quiet()
-    assert one.log == ["at 5", 6, 7, 8, 9]
-    assert (late.log, late.is_behind) == (["at 7"], True)
+    await hall.tick()
+    assert socket.log == ["at 5", [6]]
 
 
 async def test_events_of_what_nobody_watches_are_let_go(hall: Hall) -> None:
     hall.publish(1, 1)
     socket = hall.watch(5, OTHER)
     hall.publish(1, 1)
-    await quiet()
+    await hall.tick()
     assert socket.log == ["at 5"]
 
 
 async def test_topics_do_not_mix(hall: Hall) -> None:
     one, two = hall.watch(5), hall.watch(8, OTHER)
-    hall.publish(9, 9, OTHER)
+    hall.publish(9, 9, topic_id=OTHER)
     hall.publish(6, 6)
-    await quiet()
-    assert (one.log, two.log) == (["at 5", 6], ["at 8", 9])
+    await hall.tick()
+    assert (one.log, two.log) == (["at 5", [6]], ["at 8", [9]])
 
 
 async def test_the_last_to_leave_ends_the_topic(hall: Hall) -> None:
     one, two = hall.watch(5), hall.watch(5)
-    hall.shards.pop()
     hall.fanout.unsubscribe(TOPIC, one)
     assert hall.shards.pop() == []
     hall.publish(6, 6)
@@ -216,69 +314,71 @@ async def test_the_last_to_leave_ends_the_topic(hall: Hall) -> None:
     hall.fanout.unsubscribe(TOPIC, two)
     assert hall.shards.pop() == [Unsubscribe(TOPIC)]
     hall.publish(7, 7)
-    await quiet()
-    assert (one.log, two.log) == (["at 5"], ["at 5", 6])
+    await hall.tick()
+    assert (one.log, two.log) == (["at 5"], ["at 5", [6]])
     again = hall.watch(7)
     hall.publish(8, 8)
-    await quiet()
-    assert again.log == ["at 7", 8]
+    await hall.tick()
+    assert again.log == ["at 7", [8]]
 
 
 async def test_a_socket_that_is_gone_is_dropped_from_all_its_topics(hall: Hall) -> None:
     socket, stays = hall.watch(5), hall.watch(5, OTHER)
-    hall.ask(socket, OTHER)
+    hall.ask_again(socket, OTHER, viewer=ANNA)
     hall.shards.pop()
     hall.fanout.drop(socket)
     hall.fanout.drop(Socket())
     assert hall.shards.pop() == [Unsubscribe(TOPIC)]
-    hall.shards.answer(at(5))
-    hall.publish(6, 6, OTHER)
-    await quiet()
+    hall.shards.answer(at(5, None))
+    hall.publish(6, 6, topic_id=OTHER)
+    await hall.tick()
     assert socket.log == ["at 5", "at 5"]
-    assert stays.log == ["at 5", 6]
+    assert stays.log == ["at 5", [6]]
 
 
 async def test_a_refused_subscription_leaves_nothing_behind(hall: Hall) -> None:
-    socket = Socket()
-    hall.ask(socket)
+    sockets = [hall.ask(), hall.ask(), hall.ask(viewer=ANNA)]
     hall.shards.pop()
     hall.shards.answer(NOT_FOUND)
-    assert socket.log == ["not_found"]
+    assert [socket.log for socket in sockets] == [["not_found"]] * 3
     assert hall.shards.pop() == [Unsubscribe(TOPIC)]
-    assert hall.fanout._topics == {}
+    assert (hall.fanout._topics, hall.fanout._topics_by_sink) == ({}, {})
 
 
 async def test_a_refused_subscription_leaves_others_alone(hall: Hall) -> None:
-    watcher, refused = hall.watch(5), Socket()
-    hall.ask(refused)
+    watcher, refused = hall.watch(5), hall.ask(viewer=ANNA)
+    hall.ask_again(watcher, viewer=ANNA)
     hall.shards.answer(UNAVAILABLE)
     hall.publish(6, 6)
-    await quiet()
-    assert (watcher.log, refused.log) == (["at 5", 6], ["unavailable"])
+    await hall.tick()
+    assert (watcher.log, refused.log) == (["at 5", "unavailable", [6]], ["unavailable"])
+    hall.fanout.drop(watcher)
+    assert hall.fanout._topics == {}
 
 
 async def test_who_unsubscribes_before_the_answer_gets_no_events(hall: Hall) -> None:
-    socket = Socket()
-    hall.ask(socket)
-    hall.fanout.unsubscribe(TOPIC, socket)
-    hall.shards.pop()
+    socket, behind_it = hall.ask(), hall.ask()
+    for one in (socket, behind_it):
+        hall.fanout.unsubscribe(TOPIC, one)
+    assert hall.shards.pop() == [Watch(TOPIC, None, []), Unsubscribe(TOPIC)]
     hall.shards.answer(at(5))
     hall.publish(6, 6)
-    await quiet()
-    assert socket.log == ["at 5"]
+    await hall.tick()
+    # Both are told, as each that asks is; and the shard, which may not have heard of it on a link that broke.
+    assert (socket.log, behind_it.log) == (["at 5"], ["unavailable"])
+    assert hall.shards.pop() == [Unsubscribe(TOPIC)]
 
 
 async def test_who_unsubscribes_and_subscribes_again_before_the_answer_watches_once(hall: Hall) -> None:
-    socket = Socket()
-    hall.ask(socket)
+    socket = hall.ask()
     hall.fanout.unsubscribe(TOPIC, socket)
-    hall.ask(socket)
-    assert hall.shards.pop() == [Subscribe(TOPIC, USER, None), Unsubscribe(TOPIC), Subscribe(TOPIC, USER, None)]
+    hall.ask_again(socket)
+    assert hall.shards.pop() == [Watch(TOPIC, None, []), Unsubscribe(TOPIC), Watch(TOPIC, None, [])]
     hall.shards.answer(at(5))
     hall.shards.answer(at(5))
     hall.publish(6, 6)
-    await quiet()
-    assert socket.log == ["at 5", "at 5", 6]
+    await hall.tick()
+    assert socket.log == ["at 5", "at 5", [6]]
     assert hall.shards.pop() == []
     # The answer to the first does not make it forget that this socket watches.
     hall.fanout.drop(socket)
@@ -287,100 +387,267 @@ async def test_who_unsubscribes_and_subscribes_again_before_the_answer_watches_o
 
 
 async def test_two_subscriptions_of_one_socket_are_one_watch(hall: Hall) -> None:
-    socket = Socket()
-    hall.ask(socket)
-    hall.ask(socket, since=2)
-    hall.shards.answer(at(5))
-    hall.shards.answer(recovered(3, 5))
+    socket = hall.ask(viewer=ANNA)
+    hall.ask_again(socket, since=2, viewer=ANNA)
+    hall.shards.answer(at(5, LEADS))
+    hall.shards.answer(all_of(3, 5, LEADS))
     hall.publish(6, 6)
-    await quiet()
-    assert socket.log == ["at 5", "at 5", 6]
+    await hall.tick()
+    assert socket.log == ["at 5", ("all to 5", [3, 4, 5]), [6]]
     hall.fanout.unsubscribe(TOPIC, socket)
     assert hall.fanout._topics == {}
 
 
-# Slices
+async def test_one_clients_trouble_with_its_answer_is_not_another_ones(
+    hall: Hall, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_answer: Subscribed | Rejection) -> None:
+        raise RuntimeError("a fault")
+
+    hall.ask()
+    hall.fanout.subscribe(TOPIC, ANNA, None, Socket(), fail)
+    after = hall.ask(viewer=BEN)
+    hall.shards.answer(at(5))
+    hall.shards.answer(at(5, None, None))
+    assert after.log == ["at 5"]
+    assert "a subscription could not be answered" in caplog.text
+
+
+# Broadcasts
 
 
 async def test_a_broadcast_to_many_is_written_in_slices_in_order(hall: Hall) -> None:
-    sockets = [hall.watch(5) for _ in range(2 * SLICE_SOCKETS + 1)]
+    sockets = [hall.watch(5) for _ in range(2 * SOCKETS_PER_SLICE + 1)]
     hall.publish(6, 6)
     hall.publish(7, 7)
-    assert [len(socket.log) for socket in sockets].count(2) == SLICE_SOCKETS
+    assert [len(socket.log) for socket in sockets].count(2) == SOCKETS_PER_SLICE
     between: list[int] = []
     asyncio.get_running_loop().call_soon(lambda: between.append(sum(len(socket.log) == 2 for socket in sockets)))
-    await turns(lambda: all(len(socket.log) == 3 for socket in sockets))
-    assert SLICE_SOCKETS <= between[0] < len(sockets)
-    assert all(socket.log == ["at 5", 6, 7] for socket in sockets)
-    hall.publish(8, 8)
-    await turns(lambda: all(socket.log[-1] == 8 for socket in sockets))
+    await quiet()
+    await hall.tick()
+    assert SOCKETS_PER_SLICE <= between[0] < len(sockets)
+    assert all(socket.log == ["at 5", [6], [7]] for socket in sockets)
+    # One encoding serves them all.
+    assert len({id(socket.frames[0]) for socket in sockets}) == 1
 
 
 async def test_who_comes_or_goes_between_slices_gets_what_is_its_own(hall: Hall) -> None:
-    sockets = [hall.watch(5) for _ in range(2 * SLICE_SOCKETS)]
+    sockets = [hall.watch(5) for _ in range(2 * SOCKETS_PER_SLICE)]
     hall.publish(6, 6)
-    hall.publish(7, 7)
     gone = sockets[-1]
     hall.fanout.drop(gone)
-    late = hall.watch(7)
+    late = hall.watch(6)
+    hall.publish(7, 7)
+    later = hall.watch(7)
     hall.publish(8, 8)
-    await turns(lambda: all(socket.log[-1] == 8 for socket in sockets[:-1]))
     await quiet()
+    await hall.tick()
+    assert all(socket.log == ["at 5", [6], ("state 8", [])] for socket in sockets[:-1])
     assert gone.log == ["at 5"]
-    assert late.log == ["at 7", 8]
+    assert late.log == ["at 6", ("state 8", [])]
+    assert later.log == ["at 7", [8]]
 
 
-async def test_what_waits_goes_out_as_one_frame(hall: Hall) -> None:
+async def test_broadcasts_begin_a_tick_apart(hall: Hall) -> None:
     socket = hall.watch(5)
+    hall.publish(6, 6)
+    assert socket.log == ["at 5", [6]]
+    hall.publish(7, 7)
+    await hall.clock.advance(TICK_MS - 1)
+    assert socket.log == ["at 5", [6]]
+    await hall.clock.advance(1)
+    assert socket.log == ["at 5", [6], [7]]
+    await hall.clock.advance(TICK_MS)
+    hall.publish(8, 9)
+    assert socket.log == ["at 5", [6], [7], [8, 9]]
+
+
+async def test_what_gathers_leaves_as_one_frame_with_all_that_is_kept(hall: Hall) -> None:
+    socket = hall.watch(5)
+    for seq in range(6, 20):
+        hall.publish(seq, seq, *([seq] if seq in (8, 15) else []))
+    await hall.tick()
+    assert socket.log == ["at 5", [6], ("state 19", [8, 15])]
+
+
+async def test_what_a_link_has_folded_leaves_as_a_state(hall: Hall) -> None:
+    socket = hall.watch(5)
+    hall.fanout.published(folded(6, 9, 7))
+    assert socket.log == ["at 5", ("state 9", [7])]
+    # Whoever comes back for what was folded asks the shard.
+    assert hall.ask(since=8).log == []
+    assert hall.shards.pop() == [Watch(TOPIC, 8, [])]
+
+
+async def test_in_the_midst_of_a_commit_nothing_is_cast(hall: Hall) -> None:
+    socket = hall.watch(5)
+    hall.fanout.published(Published(TOPIC, 6, 6, events(6, 6), b"", None))
+    assert socket.log == ["at 5"]
+    hall.publish(7, 7)
+    assert socket.log == ["at 5", ("state 7", [])]
+    hall.fanout.published(Published(TOPIC, 8, 8, events(8, 8), b"", None))
+    guest = hall.ask()
+    assert guest.log == []
+    hall.shards.answer(at(8))
+    assert guest.log == ["at 8"]
+
+
+async def test_a_timer_in_the_midst_of_a_commit_waits_for_its_end(hall: Hall) -> None:
+    socket = hall.watch(5)
+    hall.publish(6, 6)
+    hall.publish(7, 7)
+    hall.fanout.published(Published(TOPIC, 8, 8, events(8, 8), b"", None))
+    await hall.tick()
+    assert socket.log == ["at 5", [6]]
+    hall.publish(9, 9, 9)
+    assert socket.log == ["at 5", [6], ("state 9", [9])]
+
+
+# Sockets that are behind
+
+
+async def test_a_socket_that_is_behind_is_passed_over_and_caught_up(hall: Hall) -> None:
+    slow, fast = hall.watch(5), hall.watch(5)
+    slow.is_behind = True
+    for seq in range(6, 12):
+        hall.publish(seq, seq, *([seq] if seq in (7, 10) else []))
+        await hall.tick()
+    assert fast.log == ["at 5", [6], [7], [8], [9], [10], [11]]
+    assert slow.log == ["at 5"]
+    slow.is_behind = False
+    hall.fanout.catch_up(slow)
+    assert slow.log == ["at 5", ("state 11", [7, 10])]
+    hall.publish(12, 12)
+    await hall.tick()
+    assert slow.log[2:] == fast.log[7:] == [[12]]
+
+
+async def test_who_missed_nothing_is_sent_nothing(hall: Hall) -> None:
+    socket = hall.watch(5)
+    hall.fanout.catch_up(socket)
+    hall.fanout.catch_up(Socket())
+    assert socket.log == ["at 5"]
+
+
+async def test_who_missed_one_commit_gets_it(hall: Hall) -> None:
+    socket = hall.watch(5)
+    socket.is_behind = True
+    hall.publish(6, 8)
+    socket.is_behind = False
+    hall.fanout.catch_up(socket)
+    assert socket.log == ["at 5", [6, 7, 8]]
+
+
+async def test_a_catch_up_stops_where_the_socket_is_behind_again(hall: Hall) -> None:
+    socket = hall.watch(5)
+    hall.ask_again(socket, OTHER)
+    hall.shards.answer(at(5))
+    socket.is_behind = True
+    hall.publish(6, 6)
+    hall.publish(6, 6, topic_id=OTHER)
+    hall.fanout.catch_up(socket)
+    assert socket.log == ["at 5", "at 5"]
+    socket.is_behind = False
+    hall.fanout.catch_up(socket)
+    assert socket.log == ["at 5", "at 5", [6], [6]]
+
+
+async def test_who_catches_up_between_slices_is_not_told_twice(hall: Hall) -> None:
+    sockets = [hall.watch(5) for _ in range(2 * SOCKETS_PER_SLICE)]
+    slow = sockets[-1]
+    slow.is_behind = True
+    hall.publish(6, 6)
+    slow.is_behind = False
+    hall.fanout.catch_up(slow)
+    await hall.tick()
+    assert all(socket.log == ["at 5", [6]] for socket in sockets)
+
+
+async def test_who_missed_more_of_what_is_kept_than_is_remembered_is_closed(
+    hall: Hall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(topic, "TOPIC_KEPT_BYTES_MAX", 1)
+    monkeypatch.setattr(topic, "TOPIC_EVENTS_BYTES_MAX", 1)
+    slow = hall.watch(5)
+    slow.is_behind = True
+    hall.fanout.published(folded(6, 6))
+    await hall.tick()
+    hall.fanout.published(folded(7, 7, 7))
+    await hall.tick()
+    slow.is_behind = False
+    hall.fanout.catch_up(slow)
+    assert (slow.log, slow.is_closed) == (["at 5"], True)
+
+
+async def test_a_hundred_that_stop_hold_nobody_up(hall: Hall) -> None:
+    sockets = [hall.watch(5) for _ in range(500)]
+    for slow in sockets[::5]:
+        slow.is_behind = True
     for seq in range(6, 10):
         hall.publish(seq, seq)
-    await quiet()
-    assert socket.log == ["at 5", 6, 7, 8, 9]
-    # The first went at once, and the others gathered behind it.
-    assert socket.frames == [[6], [7, 8, 9]]
+        await quiet()
+        await hall.tick()
+    assert all(len(socket.log) == (1 if socket.is_behind else 5) for socket in sockets)
 
 
-async def test_who_subscribed_between_events_that_wait_gets_those_after_it(hall: Hall) -> None:
-    one = hall.watch(5)
-    hall.publish(6, 6)
-    hall.publish(7, 8)
-    late, later = hall.watch(8), Socket()
-    hall.publish(9, 9)
-    hall.ask(later)
-    hall.shards.answer(at(9))
-    hall.publish(10, 10)
-    hall.publish(11, 12)
-    await quiet()
-    assert (one.log, one.frames) == (["at 5", 6, 7, 8, 9, 10, 11, 12], [[6], [7, 8, 9, 10, 11, 12]])
-    assert (late.log, late.frames) == (["at 8", 9, 10, 11, 12], [[9, 10, 11, 12]])
-    assert (later.log, later.frames) == (["at 9", 10, 11, 12], [[10, 11, 12]])
-    hall.publish(13, 13)
-    assert [socket.frames[-1] for socket in (one, late, later)] == [[13]] * 3
+# Presence
 
 
-async def test_so_much_may_wait_for_a_topics_sockets(hall: Hall, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fanout, "TOPIC_QUEUE_BYTES_MAX", len(events(10, 12)))
-    one, two, other = hall.watch(8), hall.watch(8), hall.watch(5, OTHER)
-    hall.publish(9, 9)
-    hall.publish(10, 11)
-    hall.publish(12, 12)
-    hall.publish(6, 6, OTHER)
-    hall.publish(7, 7, OTHER)
+async def test_viewers_are_counted_once_a_second_where_they_changed(hall: Hall) -> None:
+    one, _two, _other = hall.watch(5), hall.watch(5), hall.watch(5, OTHER)
+    hall.fanout.tick()
+    assert sorted(hall.shards.pop(), key=lambda viewers: viewers.auction) == [Viewers(TOPIC, 2), Viewers(OTHER, 1)]
+    hall.fanout.tick()
+    hall.watch(5)
+    hall.fanout.unsubscribe(TOPIC, one)
+    hall.fanout.tick()
+    assert hall.shards.pop() == []
+    hall.fanout.drop(_two)
+    hall.fanout.tick()
+    assert hall.shards.pop() == [Viewers(TOPIC, 1)]
+
+
+async def test_who_is_not_answered_yet_is_not_counted_yet(hall: Hall) -> None:
+    hall.ask()
+    hall.fanout.tick()
+    assert hall.shards.pop() == [Watch(TOPIC, None, [])]
+    hall.shards.answer(at(5))
+    hall.fanout.tick()
+    assert hall.shards.pop() == [Viewers(TOPIC, 1)]
+
+
+async def test_a_new_link_is_told_how_many_watch(hall: Hall) -> None:
+    hall.watch(5)
+    hall.fanout.tick()
+    hall.shards.pop()
+    hall.fanout.resubscribe(1)
+    hall.fanout.tick()
+    assert hall.shards.pop() == [Watch(TOPIC, 5, [])]
+    hall.shards.answer(at(5))
+    hall.fanout.tick()
+    assert hall.shards.pop() == [Viewers(TOPIC, 1)]
+
+
+async def test_presence_goes_to_all_who_read_and_to_newcomers(hall: Hall) -> None:
+    slow, fast = hall.watch(5), hall.watch(5)
+    hall.fanout.presence(Presence(OTHER, 3))
+    slow.is_behind = True
+    hall.fanout.presence(Presence(TOPIC, 7))
+    assert (slow.log, fast.log) == (["at 5"], ["at 5", "7 viewers"])
+    slow.is_behind = False
+    hall.fanout.catch_up(slow)
+    assert slow.log == ["at 5", "7 viewers"]
+    assert hall.ask().log == ["at 5", "7 viewers"]
+
+
+async def test_presence_goes_out_in_slices(hall: Hall) -> None:
+    sockets = [hall.watch(5) for _ in range(2 * SOCKETS_PER_SLICE)]
+    hall.fanout.presence(Presence(TOPIC, 7))
+    hall.fanout.drop(sockets[-1])
+    assert sum(len(socket.log) == 2 for socket in sockets) == SOCKETS_PER_SLICE
     await quiet()
-    hall.publish(13, 13)
-    hall.publish(14, 16)
-    assert not one.is_behind
-    hall.publish(17, 17)
-    assert [socket.is_behind for socket in (one, two, other)] == [True, True, False]
-    await quiet()
-    assert one.log == ["at 8", 9, 10, 11, 12, 13]
-    hall.fanout.drop(one)
-    hall.fanout.drop(two)
-    again = hall.watch(17)
-    hall.publish(18, 18)
-    await quiet()
-    assert again.log == ["at 17", 18]
-    assert other.log == ["at 5", 6, 7]
+    assert all(socket.log == ["at 5", "7 viewers"] for socket in sockets[:-1])
+    assert sockets[-1].log == ["at 5"]
 
 
 # When a link was broken
@@ -389,79 +656,118 @@ async def test_so_much_may_wait_for_a_topics_sockets(hall: Hall, monkeypatch: py
 async def test_a_new_link_is_asked_for_what_was_missed(hall: Hall) -> None:
     one, elsewhere = hall.watch(5), hall.watch(9, OTHER)
     hall.publish(6, 6)
-    hall.shards.pop()
     hall.fanout.resubscribe(1)
-    assert hall.shards.pop() == [Subscribe(TOPIC, None, 6)]
-    hall.shards.answer(recovered(7, 9))
+    assert hall.shards.pop() == [Watch(TOPIC, 6, [])]
+    hall.shards.answer(all_of(7, 9))
+    await hall.tick()
     hall.publish(10, 10)
-    await quiet()
-    assert one.log == ["at 5", 6, 7, 8, 9, 10]
+    await hall.tick()
+    assert one.log == ["at 5", [6], [7, 8, 9], [10]]
     assert elsewhere.log == ["at 9"]
+
+
+async def test_what_was_kept_of_what_was_missed_is_in_the_state(hall: Hall) -> None:
+    slow, fast = hall.watch(5), hall.watch(5)
+    slow.is_behind = True
+    hall.publish(6, 6)
+    hall.fanout.resubscribe(1)
+    hall.shards.answer(Watched(TOPIC, 9, view(9), 7, events(7, 9, 8), []))
+    await hall.tick()
+    slow.is_behind = False
+    hall.fanout.catch_up(slow)
+    assert fast.log == ["at 5", [6], [7, 8, 9]]
+    assert slow.log == ["at 5", ("state 9", [8])]
 
 
 async def test_nothing_missed_is_nothing_sent(hall: Hall) -> None:
     socket = hall.watch(5)
     hall.fanout.resubscribe(1)
-    hall.shards.answer(Subscribed(5, b"", None, None))
+    hall.shards.answer(at(5))
     hall.publish(6, 6)
-    await quiet()
-    assert socket.log == ["at 5", 6]
+    await hall.tick()
+    assert socket.log == ["at 5", [6]]
 
 
 async def test_who_missed_too_much_comes_back_for_it(hall: Hall) -> None:
     socket = hall.watch(5)
     hall.fanout.resubscribe(1)
     hall.shards.answer(at(5_000))
-    assert socket.is_behind
+    assert socket.is_closed
     late = hall.watch(5_000)
     hall.publish(5_001, 5_001)
-    await quiet()
-    assert late.log == ["at 5000", 5_001]
+    await hall.tick()
+    assert late.log == ["at 5000", [5_001]]
 
 
 async def test_only_the_answer_on_the_newest_link_counts(hall: Hall) -> None:
     socket = hall.watch(5)
     hall.fanout.resubscribe(1)
     hall.fanout.resubscribe(1)
-    hall.shards.answer(recovered(6, 8))
+    hall.shards.answer(all_of(6, 8))
     assert socket.log == ["at 5"]
-    hall.shards.answer(recovered(6, 9))
-    await quiet()
-    assert socket.log == ["at 5", 6, 7, 8, 9]
+    hall.shards.answer(all_of(6, 9))
+    await hall.tick()
+    assert socket.log == ["at 5", [6, 7, 8, 9]]
 
 
 async def test_a_topic_that_was_left_meanwhile_stays_left(hall: Hall) -> None:
     socket = hall.watch(5)
     hall.fanout.resubscribe(1)
     hall.fanout.drop(socket)
-    hall.shards.answer(recovered(6, 8))
-    await quiet()
+    hall.shards.answer(all_of(6, 8))
+    await hall.tick()
     assert socket.log == ["at 5"]
 
 
 async def test_a_topic_without_an_answer_yet_is_asked_for_by_its_own_request(hall: Hall) -> None:
-    socket = Socket()
-    hall.ask(socket)
+    socket = hall.ask()
     hall.shards.pop()
     hall.fanout.resubscribe(1)
     assert hall.shards.pop() == []
     hall.shards.answer(at(5))
     hall.publish(6, 6)
-    await quiet()
-    assert socket.log == ["at 5", 6]
+    await hall.tick()
+    assert socket.log == ["at 5", [6]]
 
 
-async def test_who_subscribed_while_the_link_was_broken_has_no_gap(hall: Hall) -> None:
-    watcher, late = hall.watch(5), Socket()
-    hall.ask(late)
+async def test_who_came_while_the_link_was_broken_goes_with_what_the_topic_missed(hall: Hall) -> None:
+    watcher = hall.watch(5)
+    late, later = hall.ask(viewer=ANNA, since=3), hall.ask(viewer=BEN)
+    hall.shards.pop()
     hall.fanout.resubscribe(1)
+    assert hall.shards.pop() == [Watch(TOPIC, 3, [ANNA, BEN])]
     # The link asks for topics first, and then sends again what was not answered.
-    hall.shards.answer(recovered(6, 7), index=1)
-    hall.shards.answer(at(7))
+    hall.shards.answer(all_of(4, 7, LEADS, None), index=1)
+    hall.shards.answer(at(7, None))
+    await hall.tick()
     hall.publish(8, 8)
-    await quiet()
-    assert watcher.log == ["at 5", 6, 7, 8]
-    assert late.log == ["at 7", 8]
+    await hall.tick()
+    assert watcher.log == ["at 5", ("state 7", []), [8]]
+    assert (late.log, late.you) == ([("all to 7", [4, 5, 6, 7]), [8]], LEADS)
+    assert later.log == ["at 7", [8]]
+
+
+async def test_while_events_are_missing_guests_wait_as_well(hall: Hall) -> None:
+    hall.watch(5)
+    hall.fanout.resubscribe(1)
+    guest = hall.ask()
+    assert guest.log == []
+    hall.shards.answer(at(5))
+    assert guest.log == ["at 5"]
+
+
+async def test_a_hole_is_asked_for(hall: Hall, caplog: pytest.LogCaptureFixture) -> None:
+    one, two = hall.watch(5), hall.watch(5)
+    hall.publish(7, 7)
+    hall.publish(8, 8)
+    assert hall.shards.pop() == [Watch(TOPIC, 5, [])]
+    assert "events 6 to 6 are missing" in caplog.text
+    hall.shards.answer(all_of(6, 8))
+    await hall.tick()
+    hall.publish(9, 9)
+    await hall.tick()
+    assert one.log == two.log == ["at 5", [6, 7, 8], [9]]
+    assert not one.is_closed
 
 
 @pytest.mark.parametrize("refusal", [UNAVAILABLE, Rejection("internal", "Wrong.", is_transient=True)])
@@ -469,24 +775,27 @@ async def test_watchers_of_a_topic_that_cannot_be_caught_up_with_are_sent_to_com
     hall: Hall, refusal: Rejection
 ) -> None:
     """Nothing more would come for them on this link: silence would look like an auction without bids."""
-    one, two, elsewhere, late = hall.watch(5), hall.watch(5), hall.watch(5, OTHER), Socket()
-    hall.ask(late)
+    one, two, elsewhere = hall.watch(5), hall.watch(5), hall.watch(5, OTHER)
     hall.fanout.resubscribe(1)
-    hall.shards.answer(refusal, index=1)
-    assert [socket.is_behind for socket in (one, two, elsewhere, late)] == [True, True, False, False]
-    # They go, as sockets that are closed do; whoever asked meanwhile has an answer of its own to come.
+    late = hall.ask()
+    hall.shards.answer(refusal)
+    assert [socket.is_closed for socket in (one, two, elsewhere, late)] == [True, True, False, False]
+    assert late.log == [refusal.code]
+    # They go, as sockets that are closed do, and with the last of them the topic.
     hall.fanout.drop(one)
     hall.fanout.drop(two)
-    hall.publish(8, 8)
-    hall.shards.answer(at(8))
+    again = hall.watch(8)
     hall.publish(9, 9)
-    await quiet()
-    assert (one.log, late.log) == (["at 5"], ["at 8", 9])
+    await hall.tick()
+    assert (one.log, again.log) == (["at 5"], ["at 8", [9]])
 
 
-async def test_one_commit_of_any_size_closes_nobody(hall: Hall, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bound is on what waits behind a frame that is being written."""
-    monkeypatch.setattr(fanout, "TOPIC_QUEUE_BYTES_MAX", 1)
-    socket = hall.watch(5)
-    hall.publish(6, 7)
-    assert (socket.frames, socket.is_behind) == ([[6, 7]], False)
+async def test_who_is_answered_when_the_topic_was_given_up_is_closed_too(hall: Hall) -> None:
+    hall.watch(5)
+    sockets = [hall.ask(viewer=ANNA) for _ in range(2 * SOCKETS_PER_SLICE)]
+    hall.shards.answer(at(5, None))
+    hall.shards.answer(at(5, None))
+    hall.fanout.resubscribe(1)
+    hall.shards.answer(UNAVAILABLE)
+    await turns(lambda: all(socket.log == ["at 5"] for socket in sockets))
+    assert all(socket.is_closed for socket in sockets)

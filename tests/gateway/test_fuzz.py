@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final, NoReturn, cast
 from uuid import UUID
 
+import msgspec
 import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from actors.messages import Answer, AuctionView, BidAccepted, Payload, Subscribed, You
+from actors.messages import Answer, AuctionView, BidAccepted, Payload, You
 from engine.limits import (
     CLOSE_TIMEOUT_MS,
     ERRORS_MAX,
@@ -45,7 +46,7 @@ from gateway.session import (
 )
 from gateway.socket import HttpProtocol, Sink, Sockets, make_protocol
 from gateway.tokens import Verifier, issue, make_key_pair
-from gateway.wire import Standing
+from gateway.wire import Standing, Subscribed
 from tests.gateway.test_wire import SNAPSHOT
 from tests.support.fuzz import (
     BINARY,
@@ -190,7 +191,7 @@ VERDICTS: Final[list[Answer]] = [
 SUBSCRIPTION_ANSWERS: Final[list[Subscribed | Rejection]] = [
     Subscribed(5, b"", None, None),
     Subscribed(5, b'{"seq":5,"kind":"private"}', None, You(1, 100, is_leading=True)),
-    Subscribed(5, None, SNAPSHOT, None),
+    Subscribed(5, None, msgspec.json.encode(SNAPSHOT), None),
     NOT_FOUND,
     UNAVAILABLE,
 ]
@@ -482,6 +483,9 @@ class Behind:
         self._answer(lambda: on_subscribed(self._randomness.choice(SUBSCRIPTION_ANSWERS)))
 
     def unsubscribe(self, topic: UUID, sink: Sink, /) -> None:
+        pass
+
+    def catch_up(self, sink: Sink, /) -> None:
         pass
 
     def follow(self, user: UUID, sink: Sink, on_subscribed: Callable[[list[Standing] | Rejection], None], /) -> None:

@@ -18,7 +18,7 @@ from gateway import people
 from gateway.catalogue import CatalogueUnavailable
 from gateway.people import People
 from gateway.wire import Standing
-from tests.gateway.test_fanout import SNAPSHOT
+from tests.gateway.test_wire import SNAPSHOT
 from tests.support.waiting import quiet, turns
 
 BOWL, VASE = UUID(int=2), UUID(int=3)
@@ -67,6 +67,7 @@ class Socket:
     def __init__(self) -> None:
         self.log: list[Any] = []
         self.frames: list[bytes] = []
+        self.is_behind = False
 
     def send(self, frame: bytes) -> None:
         self.frames.append(frame)
@@ -74,7 +75,7 @@ class Socket:
         assert (notice["type"], notice["topic"]) == ("notice", "me")
         self.log.append((notice["kind"], notice["seq"]))
 
-    def fall_behind(self) -> None:
+    def close_as_too_slow(self) -> None:
         raise AssertionError("notices close nobody")
 
     def subscribed(self, answer: list[Standing] | Rejection) -> None:

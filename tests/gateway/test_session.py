@@ -4,7 +4,7 @@ from uuid import UUID
 
 import pytest
 
-from actors.messages import AuctionView, BidAccepted, Subscribed
+from actors.messages import AuctionView, BidAccepted
 from engine.commands import PlaceBid
 from engine.limits import CLOSE_REASON_BYTES_MAX, ERRORS_MAX, IN_FLIGHT_MAX, SUBSCRIPTIONS_MAX
 from engine.rejections import Code, Rejection
@@ -23,7 +23,7 @@ from gateway.session import (
     Unsubscribe,
 )
 from gateway.tokens import Identity, TokenInvalid
-from gateway.wire import Standing
+from gateway.wire import Standing, Subscribed
 from tests.gateway.test_wire import SNAPSHOT
 
 NOW = 1_700_000_000_000

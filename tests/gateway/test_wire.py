@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.messages import BidAccepted, Noticed, Subscribed, You
+from actors.messages import BidAccepted, Noticed, You
 from engine.auction import Snapshot
 from engine.rejections import Rejection
 from gateway import wire
 from gateway.tokens import Identity
+from gateway.wire import Subscribed
 
 AUCTION = UUID("a0000000-0000-4000-8000-00000000000a")
 BID = UUID("b0000000-0000-4000-8000-00000000000b")
@@ -277,7 +278,7 @@ def test_a_subscription_comes_with_events_or_with_a_snapshot() -> None:
         "recovered": True,
         "events": [],
     }
-    snapshot = json.loads(wire.encode_subscribed(1, AUCTION, Subscribed(5, None, SNAPSHOT, None)))
+    snapshot = json.loads(wire.encode_subscribed(1, AUCTION, Subscribed(5, None, msgspec.json.encode(SNAPSHOT), None)))
     assert set(snapshot) == {"type", "ref", "topic", "seq", "recovered", "snapshot"}
     assert snapshot["recovered"] is False
     # In a snapshot, what is not known is null and not left out.
@@ -289,6 +290,19 @@ def test_events_go_out_as_they_were_encoded() -> None:
     assert wire.encode_events(AUCTION, b'{"seq": 1},{"seq": 2}') == (
         f'{{"type":"events","topic":"{TOPIC}","events":[{{"seq": 1}},{{"seq": 2}}]}}'.encode()
     )
+
+
+def test_states_and_presence() -> None:
+    encoded = wire.encode_state(AUCTION, 7, b'{"price": 5}', b'{"seq": 3},{"seq": 6}')
+    assert json.loads(encoded) == {
+        "type": "state",
+        "topic": TOPIC,
+        "seq": 7,
+        "snapshot": {"price": 5},
+        "events": [{"seq": 3}, {"seq": 6}],
+    }
+    assert json.loads(wire.encode_state(AUCTION, 7, b"{}", b""))["events"] == []
+    assert json.loads(wire.encode_presence(AUCTION, 0)) == {"type": "presence", "topic": TOPIC, "viewers": 0}
 
 
 def test_verdicts() -> None:

@@ -240,6 +240,29 @@ async def test_a_subscription_goes_on_where_it_was() -> None:
     assert [subscription.get("since") for subscription in subscriptions] == [None, 3, 3]
 
 
+async def test_a_state_covers_what_it_folds() -> None:
+    got: list[int] = []
+    complete = asyncio.Event()
+
+    def on_message(message: Message) -> None:
+        got.append(message["seq"] if message["type"] == "state" else message["events"][0]["seq"])
+        if got[-1] == 10:
+            complete.set()
+
+    async def script(peer: Conversation) -> None:
+        await peer.welcome()
+        await peer.accept_subscription(1, recovered=True, events=[event(1)])
+        await peer.send({"type": "events", "topic": TOPIC, "events": [event(2)]})
+        await peer.send({"type": "state", "topic": TOPIC, "seq": 9, "snapshot": SNAPSHOT, "events": [event(5)]})
+        await peer.send({"type": "events", "topic": TOPIC, "events": [event(9), event(10)]})
+        await peer.stay()
+
+    async with server(script) as url, client(url, on_message=on_message) as one:
+        await one.subscribe(TOPIC)
+        await complete.wait()
+    assert got == [1, 2, 9, 10]
+
+
 async def test_a_gap_is_asked_for() -> None:
     got: list[int] = []
     complete = asyncio.Event()

@@ -115,12 +115,14 @@ class Engine:
 
 
 class Client:
-    """One client: asks, and gathers the events that come."""
+    """One client: asks, and gathers the events that come; of those that were folded it has only the numbers."""
 
     def __init__(self, connection: ClientConnection) -> None:
         self.connection = connection
         self.events: list[dict[str, Any]] = []
+        self.viewers: list[int] = []
         self.answers: dict[Any, list[dict[str, Any]]] = {}
+        self._seq = 0
         self._refs = 0
 
     async def send(self, message: dict[str, Any]) -> Any:
@@ -131,10 +133,21 @@ class Client:
 
     async def receive(self) -> None:
         message = json.loads(await self.connection.recv())
-        if message["type"] == "events":
-            self.events += message["events"]
+        if message["type"] == "presence":
+            self.viewers.append(message["viewers"])
+        elif message["type"] == "events":
+            self._take(message["events"])
+        elif message["type"] == "state":
+            kept = {event["seq"]: event for event in message["events"]}
+            self._take([kept.get(seq, {"seq": seq}) for seq in range(self._seq + 1, message["seq"] + 1)])
         else:
+            if message["type"] == "subscribed" and message["topic"] != "me":
+                self._seq = message["seq"]
             self.answers.setdefault(message.get("ref"), []).append(message)
+
+    def _take(self, events: list[dict[str, Any]]) -> None:
+        self.events += events
+        self._seq = events[-1]["seq"]
 
     async def answer(self, ref: Any) -> dict[str, Any]:
         while ref not in self.answers:
@@ -151,6 +164,11 @@ class Client:
         message = {"op": "subscribe", "topic": f"auction:{auction}"}
         return await self.ask(message if since is None else {**message, "since": since})
 
+    async def told_viewers(self, viewers: int) -> None:
+        """Wait until so many are said to watch."""
+        while self.viewers[-1:] != [viewers]:
+            await self.receive()
+
     async def seen(self, seq: int) -> list[int]:
         """Wait for the event `seq`; the numbers of all that came."""
         while not self.events or self.events[-1]["seq"] < seq:
@@ -163,6 +181,12 @@ async def engine(
     database_url: str, pool: asyncpg.Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Engine]:
     monkeypatch.delenv("GAVEL_SECRET", raising=False)
+    async with running(database_url, pool, tmp_path) as engine:
+        yield engine
+
+
+@asynccontextmanager
+async def running(database_url: str, pool: asyncpg.Pool, tmp_path: Path) -> AsyncIterator[Engine]:
     secret = tmp_path / "secret"
     secret.write_bytes(b"a secret of the cluster")
     place = Place(database_url=database_url, secret_path=str(secret), log_dir=str(tmp_path), log_level="info")

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Any, Self
@@ -30,12 +31,14 @@ from actors.messages import (
     Noticed,
     Output,
     Payload,
+    Presence,
     Proof,
     Published,
     Request,
-    Subscribe,
-    Subscribed,
     Unsubscribe,
+    Viewers,
+    Watch,
+    Watched,
     Welcome,
     decode_gateway_frame,
     decode_shard_frame,
@@ -43,10 +46,11 @@ from actors.messages import (
 )
 from actors.network import WebSockets
 from engine import auction
-from engine.commands import EndAuction, PlaceBid
+from engine.commands import CancelAuction, EndAuction, PlaceBid
 from engine.limits import LINK_BATCH_MAX
 from engine.rejections import Rejection
 from gateway.fanout import Fanout
+from gateway.wire import Subscribed
 from tests.engine.support import ANNA, AUCTION, BEN, MAKER, REQUEST
 from tests.support.shards import House, Recorder, bid, opening, recall
 from tests.support.waiting import until
@@ -69,6 +73,7 @@ class Site:
         self.links: list[Link] = []
         self.fakes: list[Fake] = []
         self.published: list[Published] = []
+        self.presence: list[Presence] = []
         self.noticed: list[Noticed] = []
         self.opened: list[int] = []
 
@@ -107,6 +112,7 @@ class Site:
             network=WebSockets(),
             find_owner=self.find_owner,
             on_published=self.published.append,
+            on_presence=self.presence.append,
             on_noticed=self.noticed.append,
             on_open=self.opened.append,
         )
@@ -197,10 +203,10 @@ def bids(store: MemoryStore) -> list[int]:
 
 
 async def test_answers_and_events_come_in_order(site: Site, asker: Asker) -> None:
-    asker.submit(Subscribe(AUCTION, None, None))
+    asker.submit(Watch(AUCTION, None, []))
     asker.submit(*(bid(BEN if n % 2 else ANNA, 1_000 + 500 * n, bid_id=n) for n in range(50)))
     answers = await asker.all()
-    assert isinstance(answers[0], Subscribed)
+    assert isinstance(answers[0], Watched)
     assert [accepted(answer).seq for answer in answers[1:]] == list(range(2, 52))
     await until(lambda: site.published[-1].last == 51)
     assert site.published[0].first == 2
@@ -274,6 +280,116 @@ async def test_a_gateway_that_does_not_read_is_cut_off_and_comes_back(
     assert bids(site.store) == [2]
 
 
+async def test_a_gateway_that_is_behind_gets_events_folded(
+    site: Site, asker: Asker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_module, "LINK_FOLD_BYTES", 1_000)
+    monkeypatch.setattr(link_module, "LINK_DEAD_MS", 1 << 40)
+    house = site.houses[-1]
+    link = site.link()
+    await link.opened()
+    watcher = Asker(link)
+    watcher.submit(Watch(AUCTION, None, []))
+    await watcher.all()
+    site.published.clear()
+    # It does not read, and the kernel holds little for it.
+    far, near = list(site.servers[-1].ends)[-1], link._end
+    assert near is not None
+    _raw_socket(far._transport).setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4_096)
+    _raw_socket(near._transport).setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+    near._transport.underlying_transport.pause_reading()
+    number = 0
+    while not far._folds or house.shard._awake[AUCTION].seq < 20:
+        number += 1
+        house.take(Recorder(), bid(BEN if number % 2 else ANNA, 1_000 + 500 * number, bid_id=number))
+        await house.at_rest()
+    folded_from = far._folds[AUCTION].first
+    house.take(Recorder(), EndAuction(auction=AUCTION, caller=MAKER, role="admin", request_id=REQUEST, reason="Why."))
+    await house.at_rest()
+    # What is asked now comes after what was held back.
+    watcher.submit(Watch(AUCTION, None, []))
+    seen: list[int] = []
+    link.submit(GET, lambda _answer: seen.append(len(site.published)))
+    await until(lambda: house.shard._line == 0)
+    assert far._is_behind
+    near._transport.underlying_transport.resume_reading()
+    answer = (await watcher.all())[-1]
+    assert isinstance(answer, Watched)
+    assert far._folds == {}
+    assert [one.first for one in site.published[1:]] == [one.last + 1 for one in site.published[:-1]]
+    last = site.published[-1]
+    assert (last.first, last.last, last.events, last.snapshot) == (folded_from, answer.seq, None, answer.snapshot)
+    assert [event["kind"] for event in msgspec.json.decode(b"[" + last.kept + b"]")] == ["ended"]
+    assert all(one.events is not None for one in site.published[:-1])
+    await until(lambda: seen == [len(site.published)])
+
+
+async def test_a_gateway_that_has_read_on_is_told_what_was_held_back(
+    site: Site, asker: Asker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asker.submit(Watch(AUCTION, None, []))
+    await asker.all()
+    house, (end,) = site.houses[-1], site.servers[-1].ends
+    end.pause_writing()
+    for number, bidder in enumerate((ANNA, BEN, ANNA), 1):
+        asker.submit(bid(bidder, 1_000 * number, bid_id=number))
+        # Answers are not held back.
+        assert accepted((await asker.all())[-1]).seq == number + 1
+    assert site.published == []
+    end.resume_writing()
+    await until(lambda: bool(site.published))
+    asker.submit(bid(BEN, 9_000, bid_id=9))
+    await until(lambda: len(site.published) == 2)
+    assert [(one.first, one.last, one.events is None) for one in site.published] == [(2, 4, True), (5, 5, False)]
+    assert house.deaths == []
+
+
+async def test_who_is_behind_and_gone_or_behind_again_is_told_nothing(site: Site, asker: Asker) -> None:
+    asker.submit(Watch(AUCTION, None, []))
+    await asker.all()
+    (end,) = site.servers[-1].ends
+    end.pause_writing()
+    asker.submit(bid(ANNA, 1_000))
+    await asker.all()
+    end.resume_writing()
+    end.pause_writing()
+    asker.submit(bid(BEN, 2_000, bid_id=2))
+    await asker.all()
+    assert site.published == []
+    end.close()
+    await until(lambda: end.is_gone)
+    end.resume_writing()
+    await until(lambda: len(site.opened) == 2)
+    assert site.published == []
+
+
+async def test_what_is_kept_for_a_gateway_that_is_behind_counts_as_unread(
+    site: Site, asker: Asker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asker.submit(Watch(AUCTION, None, []))
+    await asker.all()
+    monkeypatch.setattr(link_module, "LINK_WRITE_BYTES_MAX", 1)
+    (end,) = site.servers[-1].ends
+    end.pause_writing()
+    site.houses[-1].take(
+        Recorder(), CancelAuction(auction=AUCTION, caller=MAKER, role="admin", request_id=REQUEST, reason="Why.")
+    )
+    await until(lambda: len(site.opened) == 2)
+
+
+async def test_viewers_are_told_on_links(site: Site, asker: Asker) -> None:
+    asker.submit(Watch(AUCTION, None, []))
+    await asker.all()
+    asker.link.submit(Viewers(AUCTION, 3), lambda _answer: None)
+    await until(lambda: bool(site.presence))
+    assert site.presence == [Presence(AUCTION, 3)]
+
+
+def _raw_socket(transport: Any) -> socket.socket:
+    found: socket.socket = transport.underlying_transport.get_extra_info("socket")
+    return found
+
+
 async def test_many_large_answers_do_not_make_too_large_a_frame(
     site: Site, asker: Asker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,10 +401,10 @@ async def test_many_large_answers_do_not_make_too_large_a_frame(
     link = site.link()
     await link.opened()
     many = Asker(link)
-    many.submit(*[Subscribe(AUCTION, None, 0)] * 40, GET)
+    many.submit(*[Watch(AUCTION, 0, [])] * 40, GET)
     answers = await many.all()
     assert isinstance(answers[-1], AuctionView)
-    sizes = [len(answer.events or b"") for answer in answers[:-1] if isinstance(answer, Subscribed)]
+    sizes = [len(answer.events) for answer in answers[:-1] if isinstance(answer, Watched)]
     assert len(sizes) == 40
     assert sum(sizes) > 2 * 2 * 1024 * 1024
     assert site.opened == [NUMBER, NUMBER]
@@ -528,7 +644,7 @@ async def test_garbage_from_a_shard_ends_the_link_which_opens_again(site: Site) 
 
 async def test_output_before_the_welcome_is_passed_over(site: Site) -> None:
     fake = await Fake.start(site, greeting(), secret=b"another secret")
-    fake.before_greeting = Output([Published(AUCTION, 1, 1, b"{}")])
+    fake.before_greeting = Output([Published(AUCTION, 1, 1, b"{}", b"", b"{}")])
     site.link()
     await site.tried()
     assert fake.frames
@@ -641,11 +757,16 @@ class Screen:
 
     def __init__(self) -> None:
         self.log: list[Any] = []
+        self.is_behind = False
 
     def send(self, frame: bytes) -> None:
-        self.log += [event["seq"] for event in msgspec.json.decode(frame)["events"]]
+        message = msgspec.json.decode(frame)
+        if message["type"] == "state":
+            self.log += range(int(str(self.log[-1]).removeprefix("at ")) + 1, message["seq"] + 1)
+        else:
+            self.log += [event["seq"] for event in message["events"]]
 
-    def fall_behind(self) -> None:
+    def close_as_too_slow(self) -> None:
         self.log.append("behind")
 
     def subscribed(self, answer: Subscribed | Rejection) -> None:
@@ -678,6 +799,7 @@ async def test_who_is_asked_for_anew_while_older_turns_are_on_their_way_gets_not
         network=WebSockets(),
         find_owner=site.find_owner,
         on_published=fanout.published,
+        on_presence=fanout.presence,
         on_noticed=site.noticed.append,
         on_open=take_up,
     )
@@ -703,9 +825,8 @@ async def test_who_is_asked_for_anew_while_older_turns_are_on_their_way_gets_not
     opened = len(site.opened)
     asker.submit(bid(ANNA, 3_000, bid_id=3))
     await until(lambda: house.shard._awake[AUCTION].seq == 4)
-    line, late = house.shard._line, Screen()
+    late = Screen()
     fanout.subscribe(AUCTION, None, None, late, late.subscribed)
-    await until(lambda: house.shard._line == line + 1)
     asker.submit(bid(BEN, 4_000, bid_id=4))
     await until(lambda: house.shard._awake[AUCTION].seq == 5)
     house.journal.let_go()
@@ -713,7 +834,8 @@ async def test_who_is_asked_for_anew_while_older_turns_are_on_their_way_gets_not
     await until(lambda: screen.log[-1] == 5)
     assert screen.log == ["at 1", 2, 3, 4, 5]
     await until(lambda: late.log[-1:] == [5])
-    assert late.log == ["at 4", 5]
+    # It waited for the answer that was on its way.
+    assert late.log == ["at 3", 4, 5]
     assert len(site.opened) == opened == (3 if is_new_incarnation else 2)
     assert link.is_open
 
@@ -734,7 +856,7 @@ async def test_topics_are_asked_for_before_anything_is_sent_again(site: Site) ->
     answers: list[Answer] = []
 
     def resubscribe(shard: int) -> None:
-        link.submit(Subscribe(AUCTION, None, 0), answers.append)
+        link.submit(Watch(AUCTION, 0, []), answers.append)
 
     link = Link(
         gateway="gateway",
@@ -743,6 +865,7 @@ async def test_topics_are_asked_for_before_anything_is_sent_again(site: Site) ->
         network=WebSockets(),
         find_owner=site.find_owner,
         on_published=site.published.append,
+        on_presence=site.presence.append,
         on_noticed=site.noticed.append,
         on_open=resubscribe,
     )
@@ -754,7 +877,7 @@ async def test_topics_are_asked_for_before_anything_is_sent_again(site: Site) ->
     await site.kill_shard()
     await site.start_shard()
     await until(lambda: bool(site.published))
-    assert [type(answer) for answer in answers] == [Subscribed, Subscribed, BidAccepted]
+    assert [type(answer) for answer in answers] == [Watched, Watched, BidAccepted]
     assert [(one.first, one.last) for one in site.published] == [(2, 2)]
 
 
@@ -1002,7 +1125,7 @@ async def test_who_waits_too_long_is_told(site: Site, asker: Asker, monkeypatch:
     house.take(Recorder(), bid(BEN, 1_000))
     monkeypatch.setattr(link_module, "COMMAND_TIMEOUT_MS", 0)
     monkeypatch.setattr(link_module, "LINK_PING_MS", 5)
-    asker.submit(bid(ANNA, 2_000), GET, Subscribe(AUCTION, None, None), bid(ANNA, 3_000, bid_id=2))
+    asker.submit(bid(ANNA, 2_000), GET, Watch(AUCTION, None, []), bid(ANNA, 3_000, bid_id=2))
     answers = await asker.all()
     # The bids were sent, so they may count; a question that was not answered did nothing.
     assert [code(answer) for answer in answers] == ["outcome_unknown", "unavailable", "unavailable", "outcome_unknown"]

@@ -18,14 +18,14 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.frames import Frame, Opcode
 from websockets.typing import Subprotocol
 
-from actors.messages import Answer, BidAccepted, Payload, Subscribed
+from actors.messages import Answer, BidAccepted, Payload
 from engine.commands import PlaceBid
 from engine.limits import FRAME_BYTES_MAX, SOCKET_WRITE_BYTES_MAX, SUBSCRIPTIONS_MAX
 from engine.rejections import Rejection
 from gateway import socket as socket_module
 from gateway.socket import ClientSocket, HttpProtocol, Sink, Sockets, make_protocol
 from gateway.tokens import Verifier, issue, make_key_pair
-from gateway.wire import Standing
+from gateway.wire import Standing, Subscribed
 from tests.support.waiting import until
 
 PRIVATE, PUBLIC = make_key_pair()
@@ -66,6 +66,7 @@ class Fanout:
         self.waiting: list[Callable[[Subscribed | Rejection], None]] = []
         self.subscribed = asyncio.Event()
         self.dropped = asyncio.Event()
+        self.caught_up: list[Sink] = []
 
     def subscribe(
         self,
@@ -89,6 +90,9 @@ class Fanout:
 
     def unsubscribe(self, topic: UUID, sink: Sink, /) -> None:
         self.sinks[topic].remove(sink)
+
+    def catch_up(self, sink: Sink, /) -> None:
+        self.caught_up.append(sink)
 
     def drop(self, sink: Sink, /) -> None:
         for sinks in self.sinks.values():
@@ -435,6 +439,28 @@ async def test_a_client_that_reads_too_slowly_is_closed(gateway: Gateway) -> Non
     writer.close()
 
 
+async def test_a_client_that_reads_on_is_caught_up(gateway: Gateway) -> None:
+    async with gateway.client(max_queue=1) as client:
+        await client.send(f'{{"op":"subscribe","topic":"{TOPIC}"}}')
+        await answer(client)
+        [sink] = gateway.fanout.sinks[AUCTION]
+        for _ in range(2):
+            gateway.fanout.caught_up.clear()
+            sent = 0
+            while not sink.is_behind:
+                sink.send(b"x" * 8_000)
+                sent += 1
+                await asyncio.sleep(0)
+            # What it asks for is answered all the same.
+            await client.send('{"op":"ping","ref":7}')
+            for _ in range(sent):
+                await client.recv()
+            assert (await answer(client))["ref"] == 7
+            await until(lambda: gateway.fanout.caught_up == [sink])
+            assert not sink.is_behind
+        assert gateway.fanout.sinks[AUCTION] == [sink]
+
+
 async def test_a_slow_client_that_catches_up_reads_why(gateway: Gateway) -> None:
     async with gateway.client(max_queue=1) as client:
         await client.send(f'{{"op":"subscribe","topic":"{TOPIC}"}}')
@@ -649,6 +675,7 @@ def on_uvloop(test: Callable[[Gateway], Any]) -> None:
         test_a_message_in_fragments,
         test_draining_closes_all_and_whoever_comes_later,
         test_a_client_that_reads_too_slowly_is_closed,
+        test_a_client_that_reads_on_is_caught_up,
         test_a_slow_client_that_catches_up_reads_why,
         test_unread_pongs_count_as_well,
         test_answers_to_a_dead_peer_are_dropped,

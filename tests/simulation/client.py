@@ -23,6 +23,7 @@ from tests.simulation.history import (
     Sent,
     Standings,
     Subscribing,
+    state,
     subscribed,
     verdict,
 )
@@ -98,13 +99,16 @@ class _Bid:
 
 
 class Client:
-    """One user on one socket at a time; it reconnects, subscribes again with what it saw last, and sends again."""
+    """One user on one socket at a time; it reconnects, subscribes again with what it saw last, and sends again.
+
+    A guest (`user` is None) only watches.
+    """
 
     def __init__(
         self,
         *,
         name: str,
-        user: UUID,
+        user: UUID | None,
         process: Process,
         random: Random,
         gap_s: float,
@@ -205,7 +209,7 @@ class Client:
 
     def _place(self, lot: Lot) -> None:
         random, habits = self._random, self._habits
-        if len(self._unanswered) > 20:
+        if self._user is None or len(self._unanswered) > 20:
             return
         minimum = self._prices.get(lot.auction, (lot.starting_price, 0))[0]
         amount = minimum + lot.increment * random.choice((0, 0, 1, 2, 5))
@@ -228,7 +232,7 @@ class Client:
             self._send_bid(again)
 
     def _send_bid(self, bid: _Bid) -> None:
-        if self._transport is None or not self._connection:
+        if self._transport is None or self._user is None or not self._connection:
             return
         self._next_ref += 1
         self._bids[self._next_ref] = bid
@@ -294,10 +298,10 @@ class Client:
         self._bids.clear()
         self._asked.clear()
         self._told.clear()
-        self._send({"op": "hello", "token": str(self._user)})
+        self._send({"op": "hello"} if self._user is None else {"op": "hello", "token": str(self._user)})
         for lot in self._lots:
             self._subscribe(lot)
-        if self._habits.me_after_s is not None:
+        if self._user is not None and self._habits.me_after_s is not None:
             self._later(self._habits.me_after_s, self._ask_for_me, self._connection)
         for bid in list(self._unanswered.values()):
             self._send_bid(bid)
@@ -331,6 +335,15 @@ class Client:
                     )
                 )
                 self._follow(auction, message["events"])
+            case "state":
+                record = state(self.name, self._connection, message, at=self._now_ms())
+                self._history.append(record)
+                self._know(record.auction, message)
+                self._leads.discard(record.auction)
+                self._follow(record.auction, message["events"])
+                self._seen[record.auction] = record.seq
+            case "presence":
+                assert message["viewers"] >= 0
             case "ack" | "rejected" | "error" if message.get("ref") in self._bids:
                 self._judged(message)
             case "subscribed" if message["ref"] == self._me:
@@ -376,12 +389,9 @@ class Client:
     def _subscribed(self, message: Message) -> None:
         lot, since = self._asked.pop(message["ref"])
         self._history.append(subscribed(self.name, self._connection, lot.auction, since, message, at=self._now_ms()))
-        snapshot = message.get("snapshot")
         self._seen[lot.auction] = message["seq"]
-        if snapshot is not None:
-            self._prices[lot.auction] = snapshot["minimum"], snapshot["end_time"]
-            if snapshot["status"] in ("ended", "cancelled"):
-                self._over.add(lot.auction)
+        if "snapshot" in message:
+            self._know(lot.auction, message)
         you = message.get("you")
         if you is not None:
             self._leads.discard(lot.auction)
@@ -389,6 +399,13 @@ class Client:
                 self._leads.add(lot.auction)
             self._maximums[lot.auction] = you["max_amount"]
         self._follow(lot.auction, message.get("events") or [])
+
+    def _know(self, auction: UUID, message: Message) -> None:
+        """Take over what a snapshot says."""
+        snapshot = message["snapshot"]
+        self._prices[auction] = snapshot["minimum"], snapshot["end_time"]
+        if snapshot["status"] in ("ended", "cancelled"):
+            self._over.add(auction)
 
     def _follow(self, auction: UUID, events: list[Message]) -> None:
         lot = next(lot for lot in self._lots if lot.auction == auction)
@@ -408,7 +425,7 @@ class Client:
         )
         if message["type"] != "error":
             self._unanswered.pop(bid.bid_id, None)
-            if message["type"] == "ack":
+            if message["type"] == "ack" and self._user is not None:
                 self._joined.add((self._user, bid.lot.auction))
             if message.get("outcome") == "leading":
                 self._leads.add(bid.lot.auction)

@@ -88,6 +88,16 @@ class Events(_Record, frozen=True, kw_only=True, tag="events"):
     events: list[Message]
 
 
+class State(_Record, frozen=True, kw_only=True, tag="state"):
+    """A client that was behind gets an auction as of `seq`, and those of the events up to it that are never dropped."""
+
+    connection: int
+    auction: UUID
+    seq: int
+    snapshot: Message
+    events: list[Message]
+
+
 class Standings(_Record, frozen=True, kw_only=True, tag="standings"):
     """A client gets its user's standings; the notices follow."""
 
@@ -123,7 +133,7 @@ class Answered(_Record, frozen=True, kw_only=True, tag="answered"):
     """None: it was done."""
 
 
-Record = Connected | Sent | Verdict | Subscribing | Subscribed | Events | Standings | Notice | Asked | Answered
+Record = Connected | Sent | Verdict | Subscribing | Subscribed | Events | State | Standings | Notice | Asked | Answered
 
 _VERDICT_FIELDS = ("code", "seq", "hash", "outcome", "price", "paddle", "max_amount", "minimum", "end_time")
 
@@ -148,6 +158,19 @@ def subscribed(client: str, connection: int, auction: UUID, since: int | None, m
         events=message.get("events"),
         snapshot=message.get("snapshot"),
         you=message.get("you"),
+        at=at,
+    )
+
+
+def state(client: str, connection: int, message: Message, at: int) -> State:
+    """The record of a `state`."""
+    return State(
+        client=client,
+        connection=connection,
+        auction=UUID(message["topic"].removeprefix("auction:")),
+        seq=message["seq"],
+        snapshot=message["snapshot"],
+        events=message["events"],
         at=at,
     )
 

@@ -12,6 +12,7 @@ from actors.directory import Directory
 from actors.journal import Unreadable
 from actors.messages import Answer, Payload
 from gateway.bootstrap import connect
+from gateway.fanout import Fanout
 from gateway.router import Router
 from gateway.session import Session
 from gateway.socket import ClientSocket, Sockets
@@ -152,11 +153,12 @@ class Gateway:
         )
         self.address = listening.address
         self.process.spawn(keep_synchronised(clock, pool))
-        self._tick(clock)
+        self._tick(clock, fanout)
 
-    def _tick(self, clock: Clock) -> None:
+    def _tick(self, clock: Clock, fanout: Fanout) -> None:
         self.sockets.tick(clock())
-        self.process.call_later(1.0, self._tick, clock)
+        fanout.tick()
+        self.process.call_later(1.0, self._tick, clock, fanout)
 
 
 def _identify(token: str, _now: int) -> Identity:

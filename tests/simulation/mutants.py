@@ -99,10 +99,28 @@ MUTANTS = (
         "return [recorded for recorded in self.recent if recorded.seq > since + 1]",
     ),
     Mutant(
-        "a broken topic asked for from too far on",
-        "gateway.fanout",
-        "since = topic.last_seq",
-        "since = (topic.last_seq or 0) + 1",
+        "a broken topic taken up from too far on",
+        "gateway.topic",
+        "missed = run.after(self.seq)",
+        "missed = run.after(self.seq + 1)",
+    ),
+    Mutant(
+        "events recalled from too far on",
+        "gateway.topic",
+        'events = b",".join([run.after(since) for run in self._ring if run.last > since])',
+        'events = b",".join([run.after(since) for run in self._ring if run.last > since + 1])',
+    ),
+    Mutant(
+        "a fold that drops what is kept",
+        "gateway.topic",
+        'kept = b",".join([run.encoded for run in self._kept if run.last > sent])',
+        'kept = b""',
+    ),
+    Mutant(
+        "a fold ahead of what is committed",
+        "actors.shard",
+        "seq, snapshot = views[topic]",
+        "seq, snapshot = last, encode_snapshot(self._awake[topic].state)",
     ),
     Mutant(
         "put to sleep before the commit",

@@ -174,9 +174,10 @@ class Scenario:
 
     def _make_clients(self) -> list[Client]:
         random = self._random
-        users = [UUID(int=random.getrandbits(128), version=4) for _ in range(random.randint(2, 5))]
-        # Some are on two devices.
+        users: list[UUID | None] = [UUID(int=random.getrandbits(128), version=4) for _ in range(random.randint(2, 5))]
+        # Some are on two devices, and some are guests.
         users += random.sample(users, random.choice((0, 1)))
+        users += [None] * random.choice((0, 1, 3))
         joined: set[tuple[UUID, UUID]] = set()
         gap_s = random.choice((0.03, 0.1, 0.6))
         shared_ids = [UUID(int=random.getrandbits(128), version=4) for _ in range(3)]

@@ -12,13 +12,14 @@ from msgspec.structs import asdict, replace
 from actors.entities import Entity, bid_accepted
 from actors.followers import noticed
 from actors.journal import Private, Row
-from actors.messages import Subscribed as SubscribedAnswer
 from engine import chain
-from engine.auction import decide, due_at, snapshot
+from engine.auction import decide, due_at
 from engine.commands import Command, EndAuction, ExecuteDue, OpenAuction, PayBack, PlaceBid, Terms, command_id
 from engine.events import KINDS, BidPlaced, Ended, Event, Extended, MaximumRaised, decode, encode
 from engine.notices import notices
+from engine.public import encode_snapshot
 from engine.rejections import Rejection
+from gateway.wire import Subscribed as Subscription
 from gateway.wire import encode_ack, encode_events, encode_notice, encode_rejected, encode_subscribed
 from tests.engine.oracle import Course, Oracle, Rules, SoftCloseRule
 from tests.engine.support import ADMIN, ANNA, AUCTION, BEN, CLEO, MAKER, NOW, REQUEST, SOFT_CLOSE, make_terms
@@ -105,10 +106,10 @@ class House:
         self._watchers[name] = connection
         missed = None if since is None else self.entity.missed(since)
         assert self.entity.state is not None
-        answer = SubscribedAnswer(
+        answer = Subscription(
             seq=self.entity.seq,
             events=None if missed is None else b",".join(recorded.public for recorded in missed),
-            snapshot=snapshot(self.entity.state) if missed is None else None,
+            snapshot=encode_snapshot(self.entity.state) if missed is None else None,
             you=self.entity.you(USERS.get(name)),
         )
         message = json.loads(encode_subscribed(1, AUCTION, answer))

@@ -21,8 +21,8 @@ from actors.messages import (
     Published,
     Recall,
     Request,
-    Subscribed,
     Unfollow,
+    Watched,
 )
 from actors.shard import Shard
 from engine.commands import CancelAuction, EndAuction, OpenAuction, PlaceBid, command_id
@@ -301,8 +301,8 @@ def viewed(answer: Answer) -> AuctionView:
     return answer
 
 
-def subscribed(answer: Answer) -> Subscribed:
-    assert isinstance(answer, Subscribed), answer
+def watched(answer: Answer) -> Watched:
+    assert isinstance(answer, Watched), answer
     return answer
 
 

@@ -3,6 +3,8 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
+import pytest
+
 _TURNS_MAX = 10_000
 _PATIENCE_S = 20
 
@@ -20,6 +22,20 @@ async def quiet() -> None:
     """Let the loop turn until all that can happen without time passing has happened."""
     for _ in range(50):
         await asyncio.sleep(0)
+
+
+class LoopClock:
+    """The running loop's clock, moved by a test: what waits for a time goes off when the test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        loop = asyncio.get_running_loop()
+        self._now_s = loop.time()
+        monkeypatch.setattr(loop, "time", lambda: self._now_s)
+
+    async def advance(self, ms: float) -> None:
+        """Let so much time pass, and do what is due then."""
+        self._now_s += ms / 1_000
+        await quiet()
 
 
 async def until(condition: Callable[[], bool]) -> None:
