@@ -5,19 +5,28 @@ the `seq` of its own `subscribed` on. When a link was broken, each of its topics
 that came, so that no socket has a gap.
 
 Of each topic at most one question is on its way to the shard. Whoever comes meanwhile waits, and all of them go
-together with the next one.
+together with the next one. Of a shard's topics only so many are asked for at once; the others stand in a line.
 """
 
 import asyncio
 import logging
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 from uuid import UUID
 
 from actors.messages import Answer, Payload, Presence, Published, Unsubscribe, Viewers, Watch, Watched
-from engine.limits import RESUME_EVENTS_MAX, SECOND_MS, SOCKETS_PER_SLICE, TICK_MS, WATCH_VIEWERS_MAX
-from engine.rejections import UNAVAILABLE, Rejection
+from engine.limits import (
+    BUSY_RETRY_MS,
+    COMMAND_TIMEOUT_MS,
+    RESUME_EVENTS_MAX,
+    SECOND_MS,
+    SOCKETS_PER_SLICE,
+    TICK_MS,
+    WATCH_VIEWERS_MAX,
+    WATCHES_AT_ONCE,
+)
+from engine.rejections import INTERNAL, UNAVAILABLE, Rejection
 from gateway.topic import Memory, Run
 from gateway.wire import Subscribed, encode_presence
 
@@ -72,18 +81,30 @@ class _Newcomer:
 class _Question:
     """A question on its way to the shard, and for whom it is asked."""
 
-    __slots__ = ("newcomers", "viewers")
+    __slots__ = ("newcomers", "topic", "viewers")
 
-    def __init__(self, newcomers: list[_Newcomer], viewers: list[UUID]) -> None:
+    def __init__(self, topic: "_Topic", newcomers: list[_Newcomer], viewers: list[UUID]) -> None:
+        self.topic = topic
         self.newcomers = newcomers
         self.viewers = viewers
+
+
+class _Questions:
+    """The questions to one shard: a whole house at once would be more than it reads, and than its link holds."""
+
+    def __init__(self) -> None:
+        self.on_their_way: dict[_Question, None] = {}
+        self.line: dict[_Topic, float] = {}
+        """Topics that are to be asked for, in order, and since when, by the loop's clock."""
 
 
 class _Topic:
     """What is known of one topic at this gateway."""
 
-    def __init__(self, topic_id: UUID) -> None:
+    def __init__(self, topic_id: UUID, questions: _Questions) -> None:
         self.id = topic_id
+        self.questions = questions
+        """Those to its shard."""
         self.memory: Memory | None = None
         """What came on the link; None before the first answer."""
         self.is_incomplete = False
@@ -93,8 +114,10 @@ class _Topic:
         self.newcomers: dict[Sink, list[_Newcomer]] = {}
         """Sockets with subscriptions that are wanted, and not answered yet."""
         self.question: _Question | None = None
+        self.retry: asyncio.TimerHandle | None = None
+        """Set while the shard, which had no room for the last question, is left alone."""
         self.line: deque[_Newcomer] = deque()
-        """Who waits for the next question. Empty, unless a question is on its way."""
+        """Who waits for the next question. Empty, unless one is on its way, in the line, or tried again later."""
         self.cast_seq = 0
         """Up to here the sockets have been written to, or are just now."""
         self.cast_at = 0.0
@@ -114,6 +137,8 @@ class Fanout:
         self._shards = shards
         self._topics: dict[UUID, _Topic] = {}
         self._topics_by_sink: dict[Sink, set[UUID]] = {}
+        self._questions: defaultdict[int, _Questions] = defaultdict(_Questions)
+        """By shard."""
         self._uncounted: set[UUID] = set()
         """Topics whose viewers came or went since the last count."""
 
@@ -130,7 +155,7 @@ class Fanout:
         """Let a socket watch. `on_subscribed` is called before the first event is sent to it."""
         topic = self._topics.get(topic_id)
         if topic is None:
-            topic = self._topics[topic_id] = _Topic(topic_id)
+            topic = self._topics[topic_id] = _Topic(topic_id, self._questions[self._shards.shard_of(topic_id)])
         newcomer = _Newcomer(sink, viewer, since, on_subscribed)
         topic.newcomers.setdefault(sink, []).append(newcomer)
         self._topics_by_sink.setdefault(sink, set()).add(topic_id)
@@ -187,10 +212,18 @@ class Fanout:
         _in_slices(list(topic.sinks), tell)
 
     def resubscribe(self, shard: int) -> None:
-        """A link has opened again: ask for what was missed of each topic that it serves."""
+        """A link has opened again: ask for what was missed of each topic that it serves, and what was not answered."""
+        questions = self._questions[shard]
+        lost, questions.on_their_way = questions.on_their_way, {}
         for topic in list(self._topics.values()):
-            if topic.memory is not None and self._shards.shard_of(topic.id) == shard:
+            if topic.questions is questions and topic.memory is not None:
                 self._ask_anew(topic)
+        for question in lost:
+            topic = question.topic
+            if topic.question is question:
+                # Of a topic that is not known yet, or that everybody has left: its newcomers are told.
+                _put_back(topic)
+                self._ask(topic)
 
     # What comes with time
 
@@ -202,6 +235,8 @@ class Fanout:
             # Of others the shard would not take it; they are counted once it has answered.
             if topic is not None and topic.memory is not None and not topic.is_incomplete:
                 self._count(topic)
+        for questions in self._questions.values():
+            self._refuse_late(questions)
 
     def _count(self, topic: _Topic) -> None:
         viewers = len(topic.sinks)
@@ -220,19 +255,35 @@ class Fanout:
             self._tell(topic, newcomer, UNAVAILABLE)
         else:
             topic.line.append(newcomer)
-            if topic.question is None:
+            if topic.question is None and topic.retry is None:
                 self._ask(topic)
 
     def _ask_anew(self, topic: _Topic) -> None:
         """Ask for all that came after the last event that did."""
         topic.is_incomplete = True
         topic.counted = None
-        if topic.question is not None:
-            # Its answer, if it comes, is not waited for any more.
-            topic.line.extendleft(reversed(topic.question.newcomers))
+        _put_back(topic)
         self._ask(topic)
 
     def _ask(self, topic: _Topic) -> None:
+        """Ask as soon as it is this topic's turn."""
+        if topic.retry is not None:
+            topic.retry.cancel()
+            topic.retry = None
+        topic.questions.line.setdefault(topic, asyncio.get_running_loop().time())
+        self._ask_next(topic.questions)
+
+    def _ask_next(self, questions: _Questions) -> None:
+        """Ask for as many topics as may be asked for at once."""
+        while questions.line and len(questions.on_their_way) < WATCHES_AT_ONCE:
+            topic = next(iter(questions.line))
+            del questions.line[topic]
+            if self._topics.get(topic.id) is topic:
+                self._ask_now(topic)
+            else:
+                self._refuse_line(topic, UNAVAILABLE)
+
+    def _ask_now(self, topic: _Topic) -> None:
         """Ask for all who wait, and for what the topic itself has missed."""
         newcomers: list[_Newcomer] = []
         viewers: dict[UUID, None] = {}
@@ -241,24 +292,52 @@ class Fanout:
             newcomers.append(newcomer)
             if newcomer.viewer is not None:
                 viewers[newcomer.viewer] = None
-        question = topic.question = _Question(newcomers, list(viewers))
+        question = topic.question = _Question(topic, newcomers, list(viewers))
+        topic.questions.on_their_way[question] = None
         watch = Watch(topic.id, _since(topic, newcomers), question.viewers)
         self._shards.submit(watch, lambda answer: self._answered(topic, question, answer))
 
     def _answered(self, topic: _Topic, question: _Question, answer: Answer) -> None:
         assert isinstance(answer, Watched | Rejection)
-        if topic.question is not question:
-            return
-        topic.question = None
+        topic.questions.on_their_way.pop(question, None)
+        if topic.question is question:
+            topic.question = None
+            if isinstance(answer, Rejection):
+                self._refused(topic, question, answer)
+            else:
+                self._watched(topic, question, answer)
+        self._ask_next(topic.questions)
+
+    def _refused(self, topic: _Topic, question: _Question, refusal: Rejection) -> None:
+        """Tell all who wait. Whoever watches already waits on, unless there is nothing to wait for."""
+        if topic.is_incomplete and refusal.is_transient and refusal.code != INTERNAL.code:
+            pause_ms = refusal.retry_after_ms or BUSY_RETRY_MS
+            topic.retry = asyncio.get_running_loop().call_later(pause_ms / SECOND_MS, self._ask, topic)
+        elif topic.is_incomplete:
+            # Nothing more would come on this link: silence would look like an auction without bids.
+            topic.memory, topic.is_incomplete = None, False
+            _give_up(topic)
+        topic.line.extendleft(reversed(question.newcomers))
+        self._refuse_line(topic, refusal)
+
+    def _refuse_line(self, topic: _Topic, refusal: Rejection) -> None:
         waiting = list(topic.line)
         topic.line.clear()
-        if isinstance(answer, Rejection):
-            if topic.is_incomplete:
-                # Nothing more would come on this link: silence would look like an auction without bids.
-                topic.memory, topic.is_incomplete = None, False
-                _give_up(topic)
-            _in_slices(question.newcomers + waiting, lambda newcomer: self._tell(topic, newcomer, answer))
-            return
+        _in_slices(waiting, lambda newcomer: self._tell(topic, newcomer, refusal))
+
+    def _refuse_late(self, questions: _Questions) -> None:
+        """Tell those whose turn does not come: the shard is away, and with it all that were asked before them."""
+        late = asyncio.get_running_loop().time() - COMMAND_TIMEOUT_MS / SECOND_MS
+        for topic, since in list(questions.line.items()):
+            if since > late:
+                break
+            self._refuse_line(topic, UNAVAILABLE)
+            if not topic.is_incomplete or self._topics.get(topic.id) is not topic:
+                del questions.line[topic]
+
+    def _watched(self, topic: _Topic, question: _Question, answer: Watched) -> None:
+        waiting = list(topic.line)
+        topic.line.clear()
         if self._topics.get(topic.id) is topic:
             self._take_up(topic, answer)
             # Guests may find what they want in memory now; how the others stand only the shard knows.
@@ -411,6 +490,13 @@ def _recall(topic: _Topic, since: int | None) -> Subscribed | None:
     if snapshot is None or (since is not None and memory.seq - since <= RESUME_EVENTS_MAX):
         return None
     return Subscribed(memory.seq, None, snapshot, None)
+
+
+def _put_back(topic: _Topic) -> None:
+    """Have those wait for the next question for whom one was asked that is not answered any more."""
+    if topic.question is not None:
+        topic.line.extendleft(reversed(topic.question.newcomers))
+        topic.question = None
 
 
 def _since(topic: _Topic, newcomers: list[_Newcomer]) -> int | None:
