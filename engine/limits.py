@@ -72,8 +72,10 @@ SOCKET_BEHIND_BYTES = 64 * 1024
 """With more unread a socket is behind: until it has read on, what happens in its topics is folded for it."""
 SOCKET_KERNEL_BYTES = 64 * 1024
 """So much of what a client has not read the kernel is asked to hold, beside our own buffer."""
+SOCKET_BEHIND_MS_MAX = 30 * SECOND_MS
+"""A socket that is behind for longer is closed as too slow: its unread bytes are memory."""
 SOCKETS_PER_SLICE = 100
-"""A broadcast is written to so many sockets in one go, so that acknowledgements pass between its slices."""
+"""Broadcasts are written to so many sockets in one go, so that acknowledgements pass between the slices."""
 
 # Topics at a gateway
 TICK_MS = 20
@@ -113,8 +115,8 @@ LINK_BATCH_MAX = 64
 LINK_IN_FLIGHT_MAX = 8_192
 """Requests that a gateway has with a shard, or keeps for one that is away."""
 LINK_LINE_MAX = 512
-"""So many bids among these, and one more is `busy`. Two shards on one slow core do as many each in 0.06 s, so that a bid
-that is taken waits hardly longer; and only after a pause of 0.1 s is any of 5,000 bids a second refused."""
+"""So many bids among these, and one more is `busy`. Two shards on one slow core do as many each in 0.06 s, so that a
+bid that is taken waits hardly longer; and only after a pause of 0.1 s is any of 5,000 bids a second refused."""
 LINK_OUTPUT_BYTES = 1024 * 1024
 """About so much a shard puts into one frame."""
 LINK_FOLD_BYTES = 4 * 1024 * 1024

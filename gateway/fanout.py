@@ -12,7 +12,7 @@ import asyncio
 import logging
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol
 from uuid import UUID
 
 from actors.messages import Answer, Payload, Presence, Published, Unsubscribe, Viewers, Watch, Watched
@@ -21,18 +21,16 @@ from engine.limits import (
     COMMAND_TIMEOUT_MS,
     RESUME_EVENTS_MAX,
     SECOND_MS,
-    SOCKETS_PER_SLICE,
     TICK_MS,
     WATCH_VIEWERS_MAX,
     WATCHES_AT_ONCE,
 )
 from engine.rejections import INTERNAL, UNAVAILABLE, Rejection
+from gateway.slices import Slices
 from gateway.topic import Memory, Run
 from gateway.wire import Subscribed, encode_presence
 
 logger = logging.getLogger(__name__)
-
-Item = TypeVar("Item")
 
 
 class Sink(Protocol):
@@ -139,6 +137,7 @@ class Fanout:
         self._topics_by_sink: dict[Sink, set[UUID]] = {}
         self._questions: defaultdict[int, _Questions] = defaultdict(_Questions)
         """By shard."""
+        self._slices = Slices()
         self._uncounted: set[UUID] = set()
         """Topics whose viewers came or went since the last count."""
 
@@ -175,9 +174,12 @@ class Fanout:
     def catch_up(self, sink: Sink) -> None:
         """A socket that was behind has read on: send what it missed, folded."""
         for topic_id in self._topics_by_sink.get(sink, set()).copy():
+            # What it is sent may make it one that is behind again, or close it.
+            if sink.is_behind or sink not in self._topics_by_sink:
+                return
             topic = self._topics[topic_id]
             sent = topic.sinks.get(sink)
-            if sent is not None and not sink.is_behind:
+            if sent is not None:
                 _send_viewers(topic, sink)
                 _send_rest(topic, sink, sent)
 
@@ -209,7 +211,7 @@ class Fanout:
             if sink in topic.sinks and not sink.is_behind:
                 sink.send(frame)
 
-        _in_slices(list(topic.sinks), tell)
+        self._slices.run(list(topic.sinks), tell)
 
     def resubscribe(self, shard: int) -> None:
         """A link has opened again: ask for what was missed of each topic that it serves, and what was not answered."""
@@ -316,14 +318,14 @@ class Fanout:
         elif topic.is_incomplete:
             # Nothing more would come on this link: silence would look like an auction without bids.
             topic.memory, topic.is_incomplete = None, False
-            _give_up(topic)
+            self._give_up(topic)
         topic.line.extendleft(reversed(question.newcomers))
         self._refuse_line(topic, refusal)
 
     def _refuse_line(self, topic: _Topic, refusal: Rejection) -> None:
         waiting = list(topic.line)
         topic.line.clear()
-        _in_slices(waiting, lambda newcomer: self._tell(topic, newcomer, refusal))
+        self._slices.run(waiting, lambda newcomer: self._tell(topic, newcomer, refusal))
 
     def _refuse_late(self, questions: _Questions) -> None:
         """Tell those whose turn does not come: the shard is away, and with it all that were asked before them."""
@@ -349,8 +351,8 @@ class Fanout:
             # Everybody had left before this was answered.
             self._shards.submit(Unsubscribe(topic.id), _ignore)
         reception = _Reception(answer, question.viewers)
-        _in_slices(question.newcomers, lambda newcomer: self._tell(topic, newcomer, reception.answer(newcomer)))
-        _in_slices(waiting, lambda newcomer: self._admit(topic, newcomer))
+        self._slices.run(question.newcomers, lambda newcomer: self._tell(topic, newcomer, reception.answer(newcomer)))
+        self._slices.run(waiting, lambda newcomer: self._admit(topic, newcomer))
 
     def _take_up(self, topic: _Topic, watched: Watched) -> None:
         """All of the topic's events up to this came before it on the link, or are in it, or nobody can tell them."""
@@ -362,8 +364,7 @@ class Fanout:
             return
         topic.memory = Memory(topic.id, watched)
         topic.cast_seq = watched.seq
-        # More was missed than the shard can tell: each client asks for its own part.
-        _give_up(topic)
+        self._give_up(topic)
 
     def _tell(self, topic: _Topic, newcomer: _Newcomer, answer: Subscribed | Rejection) -> None:
         """Answer a subscription; from here on its socket is sent what comes."""
@@ -400,6 +401,15 @@ class Fanout:
             del self._topics[topic.id]
             self._shards.submit(Unsubscribe(topic.id), _ignore)
 
+    def _give_up(self, topic: _Topic) -> None:
+        """Nobody can tell those who watch what they miss: each comes back and asks for its own part."""
+
+        def close(sink: Sink) -> None:
+            if sink in topic.sinks:
+                sink.close_as_too_slow()
+
+        self._slices.run(list(topic.sinks), close)
+
     # Broadcasts
 
     def _cast(self, topic: _Topic) -> None:
@@ -429,7 +439,7 @@ class Fanout:
             if topic.memory is not None and topic.memory.seq > topic.cast_seq:
                 self._cast(topic)
 
-        _in_slices(list(topic.sinks), cast.send, done)
+        self._slices.run(list(topic.sinks), cast.send, done)
 
 
 class _Cast(NamedTuple):
@@ -529,24 +539,6 @@ def _send_rest(topic: _Topic, sink: Sink, sent: int) -> None:
 def _send_viewers(topic: _Topic, sink: Sink) -> None:
     if topic.viewers is not None:
         sink.send(encode_presence(topic.id, topic.viewers))
-
-
-def _give_up(topic: _Topic) -> None:
-    for sink in list(topic.sinks):
-        sink.close_as_too_slow()
-
-
-def _in_slices(
-    items: Sequence[Item], act: Callable[[Item], None], done: Callable[[], None] | None = None, start: int = 0
-) -> None:
-    """Do something with each, in slices, so that other work passes in between; the first slice at once."""
-    end = start + SOCKETS_PER_SLICE
-    for item in items[start:end]:
-        act(item)
-    if end < len(items):
-        asyncio.get_running_loop().call_soon(_in_slices, items, act, done, end)
-    elif done is not None:
-        done()
 
 
 def _ignore(_answer: Answer) -> None:
