@@ -124,6 +124,8 @@ class _Topic:
         """A broadcast is being written, or waits for its tick."""
         self.viewers: int | None = None
         """On all gateways, as the shard said last."""
+        self.untold: dict[Sink, None] = {}
+        """Sockets that watch and were not told this number."""
         self.counted: int | None = None
         """How many of them are here, as the shard was told last."""
 
@@ -140,6 +142,8 @@ class Fanout:
         self._slices = Slices()
         self._uncounted: set[UUID] = set()
         """Topics whose viewers came or went since the last count."""
+        self._untold: set[UUID] = set()
+        """Topics of which somebody is to be told at the next tick how many watch."""
 
     # What sockets ask for
 
@@ -180,7 +184,6 @@ class Fanout:
             topic = self._topics[topic_id]
             sent = topic.sinks.get(sink)
             if sent is not None:
-                _send_viewers(topic, sink)
                 _send_rest(topic, sink, sent)
 
     # What comes from the shards
@@ -200,18 +203,13 @@ class Fanout:
             self._cast(topic)
 
     def presence(self, presence: Presence) -> None:
-        """The number of a topic's viewers came on a link."""
+        """The number of a topic's viewers came on a link: all are told at the next tick."""
         topic = self._topics.get(presence.topic)
-        if topic is None:
-            return
-        topic.viewers = presence.viewers
-        frame = encode_presence(topic.id, presence.viewers)
-
-        def tell(sink: Sink) -> None:
-            if sink in topic.sinks and not sink.is_behind:
-                sink.send(frame)
-
-        self._slices.run(list(topic.sinks), tell)
+        if topic is not None:
+            if presence.viewers != topic.viewers:
+                topic.viewers = presence.viewers
+                topic.untold = dict.fromkeys(topic.sinks)
+            self._untold.add(topic.id)
 
     def resubscribe(self, shard: int) -> None:
         """A link has opened again: ask for what was missed of each topic that it serves, and what was not answered."""
@@ -230,21 +228,43 @@ class Fanout:
     # What comes with time
 
     def tick(self) -> None:
-        """Report how many watch here, where that has changed; to be called about once a second."""
+        """Report how many watch here, and tell how many do in all, where that has changed; about once a second."""
         uncounted, self._uncounted = self._uncounted, set()
         for topic_id in uncounted:
             topic = self._topics.get(topic_id)
             # Of others the shard would not take it; they are counted once it has answered.
-            if topic is not None and topic.memory is not None and not topic.is_incomplete:
-                self._count(topic)
+            if topic is not None and topic.memory is not None and not topic.is_incomplete and not self._count(topic):
+                # No other number comes for it that newcomers could wait for.
+                self._untold.add(topic_id)
+        untold, self._untold = self._untold, set()
+        for topic_id in untold & self._topics.keys():
+            self._tell_viewers(self._topics[topic_id])
         for questions in self._questions.values():
             self._refuse_late(questions)
 
-    def _count(self, topic: _Topic) -> None:
+    def _count(self, topic: _Topic) -> bool:
+        """Report a topic's viewers here, if their number has changed; whether it has."""
         viewers = len(topic.sinks)
-        if viewers != topic.counted:
-            topic.counted = viewers
-            self._shards.submit(Viewers(topic.id, viewers), _ignore)
+        if viewers == topic.counted:
+            return False
+        topic.counted = viewers
+        self._shards.submit(Viewers(topic.id, viewers), _ignore)
+        return True
+
+    def _tell_viewers(self, topic: _Topic) -> None:
+        viewers = topic.viewers
+        if viewers is None:
+            return
+        frame = encode_presence(topic.id, viewers)
+
+        def tell(sink: Sink) -> None:
+            if sink.is_behind:
+                self._untold.add(topic.id)
+            elif sink in topic.untold and topic.viewers == viewers:
+                del topic.untold[sink]
+                sink.send(frame)
+
+        self._slices.run(list(topic.untold), tell)
 
     # Asking the shards
 
@@ -380,9 +400,10 @@ class Fanout:
         if not topic.newcomers[sink]:
             del topic.newcomers[sink]
         if isinstance(answer, Subscribed):
+            if sink not in topic.sinks:
+                topic.untold[sink] = None
+                self._uncounted.add(topic.id)
             topic.sinks[sink] = answer.seq
-            self._uncounted.add(topic.id)
-            _send_viewers(topic, sink)
             _send_rest(topic, sink, answer.seq)
         elif sink not in topic.sinks and sink not in topic.newcomers:
             self._leave(topic, sink)
@@ -390,6 +411,7 @@ class Fanout:
     def _leave(self, topic: _Topic, sink: Sink) -> None:
         for newcomer in topic.newcomers.pop(sink, ()):
             newcomer.is_wanted = False
+        topic.untold.pop(sink, None)
         if topic.sinks.pop(sink, None) is not None:
             self._uncounted.add(topic.id)
         topics = self._topics_by_sink.get(sink)
@@ -534,11 +556,6 @@ def _send_rest(topic: _Topic, sink: Sink, sent: int) -> None:
     else:
         topic.sinks[sink] = last
         sink.send(frame)
-
-
-def _send_viewers(topic: _Topic, sink: Sink) -> None:
-    if topic.viewers is not None:
-        sink.send(encode_presence(topic.id, topic.viewers))
 
 
 def _ignore(_answer: Answer) -> None:

@@ -11,7 +11,9 @@ from uuid import UUID
 import msgspec
 
 from actors.messages import Published, Watched
+from engine.events import KINDS
 from engine.limits import RESUME_EVENTS_MAX, TOPIC_EVENTS_BYTES_MAX, TOPIC_KEPT_BYTES_MAX
+from engine.public import KEPT
 from gateway.wire import encode_events, encode_state
 
 
@@ -70,6 +72,7 @@ class Memory:
         first, last = published.first, published.last
         assert first == self.seq + 1
         self.seq = last
+        self._recalled = last, last, b""
         if published.snapshot is not None:
             self._snapshot, self._snapshot_seq = published.snapshot, last
         if published.events is None:
@@ -89,6 +92,7 @@ class Memory:
             self._remember(Run(self.seq + 1, watched.seq, missed))
             self._keep(Run(self.seq + 1, watched.seq, _kept_of(missed)))
             self.seq = watched.seq
+            self._recalled = self.seq, self.seq, b""
         if len(run.encoded) <= TOPIC_EVENTS_BYTES_MAX and run.first < (
             self._ring[0].first if self._ring else run.last + 1
         ):
@@ -157,6 +161,6 @@ def _kept_of(encoded: bytes) -> bytes:
     return b",".join([event for event in _decode_list(b"[" + encoded + b"]") if _decode_kind(event).kind in _KEPT])
 
 
-_KEPT: Final = frozenset(("extended", "ended", "cancelled"))
+_KEPT: Final = frozenset(KINDS[event_type] for event_type in KEPT)
 _decode_list: Final[Callable[[bytes], list[msgspec.Raw]]] = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _decode_kind: Final[Callable[[msgspec.Raw], _Kind]] = msgspec.json.Decoder(_Kind).decode

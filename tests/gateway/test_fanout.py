@@ -663,22 +663,65 @@ async def test_a_new_link_is_told_how_many_watch(hall: Hall) -> None:
     assert hall.shards.pop() == [Viewers(TOPIC, 1)]
 
 
-async def test_presence_goes_to_all_who_read_and_to_newcomers(hall: Hall) -> None:
+async def test_presence_goes_to_all_who_read_once_a_tick(hall: Hall) -> None:
     slow, fast = hall.watch(5), hall.watch(5)
+    hall.fanout.tick()
     hall.fanout.presence(Presence(OTHER, 3))
     slow.is_behind = True
+    hall.fanout.presence(Presence(TOPIC, 6))
     hall.fanout.presence(Presence(TOPIC, 7))
+    assert (slow.log, fast.log) == (["at 5"], ["at 5"])
+    hall.fanout.tick()
     assert (slow.log, fast.log) == (["at 5"], ["at 5", "7 viewers"])
     slow.is_behind = False
     hall.fanout.catch_up(slow)
-    assert slow.log == ["at 5", "7 viewers"]
-    assert hall.ask().log == ["at 5", "7 viewers"]
+    assert slow.log == ["at 5"]
+    # The same again, from a shard that was started again.
+    hall.fanout.presence(Presence(TOPIC, 7))
+    for _ in range(2):
+        hall.fanout.tick()
+        assert slow.log == fast.log == ["at 5", "7 viewers"]
+
+
+async def test_newcomers_are_told_the_last_number_unless_another_comes(hall: Hall) -> None:
+    first = hall.watch(5)
+    hall.fanout.tick()
+    hall.fanout.presence(Presence(TOPIC, 7))
+    hall.fanout.tick()
+    newcomer = hall.ask()
+    hall.fanout.tick()
+    assert newcomer.log == ["at 5"]
+    hall.fanout.presence(Presence(TOPIC, 8))
+    hall.fanout.tick()
+    assert newcomer.log == ["at 5", "8 viewers"]
+    # One goes and another comes: there is nothing to report.
+    hall.fanout.drop(first)
+    instead = hall.ask()
+    hall.ask_again(newcomer)
+    hall.shards.pop()
+    hall.fanout.tick()
+    assert hall.shards.pop() == []
+    assert (instead.log, newcomer.log) == (["at 5", "8 viewers"], ["at 5", "8 viewers", "at 5"])
+
+
+async def test_a_number_that_has_changed_between_slices_is_told_at_the_next_tick(hall: Hall) -> None:
+    sockets = [hall.watch(5) for _ in range(2 * SOCKETS_PER_SLICE)]
+    hall.fanout.tick()
+    await quiet()
+    for viewers in (7, 8):
+        hall.fanout.presence(Presence(TOPIC, viewers))
+        hall.fanout.tick()
+    await quiet()
+    hall.fanout.tick()
+    await quiet()
+    assert {tuple(socket.log[1:]) for socket in sockets} == {("7 viewers", "8 viewers"), ("8 viewers",)}
 
 
 async def test_presence_goes_out_in_slices(hall: Hall) -> None:
     sockets = [hall.watch(5) for _ in range(2 * SOCKETS_PER_SLICE)]
     await quiet()
     hall.fanout.presence(Presence(TOPIC, 7))
+    hall.fanout.tick()
     hall.fanout.drop(sockets[-1])
     assert sum(len(socket.log) == 2 for socket in sockets) == SOCKETS_PER_SLICE
     await quiet()
