@@ -82,6 +82,8 @@ TICK_MS = 20
 """The broadcasts of one topic begin at least so far apart."""
 TOPIC_EVENTS_BYTES_MAX = 64 * 1024
 """Of each topic's last events so much is remembered, for those who come back."""
+TOPICS_EVENTS_BYTES_MAX = 256 * MEBIBYTE
+"""Of all topics' together; those without news for longest forget theirs first."""
 TOPIC_KEPT_BYTES_MAX = 64 * 1024
 """Of the events that folding never drops so much is remembered, for those who are behind."""
 WATCH_VIEWERS_MAX = 1_000
@@ -201,6 +203,7 @@ assert LINK_BATCH_MAX * WATCH_VIEWERS_MAX * 20 <= LINK_FRAME_BYTES_MAX
 # One frame with answers does not make a gateway one that is behind, nor one frame to a socket one that is too slow.
 assert LINK_OUTPUT_BYTES < LINK_FOLD_BYTES < LINK_WRITE_BYTES_MAX
 assert SOCKET_BEHIND_BYTES < SOCKET_WRITE_BYTES_MAX
+assert TOPIC_EVENTS_BYTES_MAX < TOPICS_EVENTS_BYTES_MAX
 assert TOPIC_EVENTS_BYTES_MAX + TOPIC_KEPT_BYTES_MAX < SOCKET_WRITE_BYTES_MAX
 assert FOLLOWED_MAX >= SOCKETS_MAX
 assert FOLLOWED_AT_ONCE * 32 <= FRAME_BYTES_MAX

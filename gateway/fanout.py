@@ -27,7 +27,7 @@ from engine.limits import (
 )
 from engine.rejections import INTERNAL, UNAVAILABLE, Rejection
 from gateway.slices import Slices
-from gateway.topic import Memory, Run
+from gateway.topic import Memories, Memory, Run
 from gateway.wire import Subscribed, encode_presence
 
 logger = logging.getLogger(__name__)
@@ -140,6 +140,7 @@ class Fanout:
         self._questions: defaultdict[int, _Questions] = defaultdict(_Questions)
         """By shard."""
         self._slices = Slices()
+        self._memories = Memories()
         self._uncounted: set[UUID] = set()
         """Topics whose viewers came or went since the last count."""
         self._untold: set[UUID] = set()
@@ -337,7 +338,8 @@ class Fanout:
             topic.retry = asyncio.get_running_loop().call_later(pause_ms / SECOND_MS, self._ask, topic)
         elif topic.is_incomplete:
             # Nothing more would come on this link: silence would look like an auction without bids.
-            topic.memory, topic.is_incomplete = None, False
+            _forget(topic)
+            topic.is_incomplete = False
             self._give_up(topic)
         topic.line.extendleft(reversed(question.newcomers))
         self._refuse_line(topic, refusal)
@@ -382,7 +384,8 @@ class Fanout:
             if topic.memory.seq > topic.cast_seq:
                 self._cast(topic)
             return
-        topic.memory = Memory(topic.id, watched)
+        _forget(topic)
+        topic.memory = Memory(topic.id, watched, self._memories)
         topic.cast_seq = watched.seq
         self._give_up(topic)
 
@@ -421,6 +424,7 @@ class Fanout:
                 del self._topics_by_sink[sink]
         if not topic.newcomers and not topic.sinks:
             del self._topics[topic.id]
+            _forget(topic)
             self._shards.submit(Unsubscribe(topic.id), _ignore)
 
     def _give_up(self, topic: _Topic) -> None:
@@ -522,6 +526,12 @@ def _recall(topic: _Topic, since: int | None) -> Subscribed | None:
     if snapshot is None or (since is not None and memory.seq - since <= RESUME_EVENTS_MAX):
         return None
     return Subscribed(memory.seq, None, snapshot, None)
+
+
+def _forget(topic: _Topic) -> None:
+    if topic.memory is not None:
+        topic.memory.forget()
+        topic.memory = None
 
 
 def _put_back(topic: _Topic) -> None:

@@ -12,7 +12,12 @@ import msgspec
 
 from actors.messages import Published, Watched
 from engine.events import KINDS
-from engine.limits import RESUME_EVENTS_MAX, TOPIC_EVENTS_BYTES_MAX, TOPIC_KEPT_BYTES_MAX
+from engine.limits import (
+    RESUME_EVENTS_MAX,
+    TOPIC_EVENTS_BYTES_MAX,
+    TOPIC_KEPT_BYTES_MAX,
+    TOPICS_EVENTS_BYTES_MAX,
+)
 from engine.public import KEPT
 from gateway.wire import encode_events, encode_state
 
@@ -33,6 +38,27 @@ class Run(NamedTuple):
         return b",".join(_decode_list(b"[" + self.encoded + b"]")[seq + 1 - self.first :])
 
 
+class Memories:
+    """What all topics of a gateway remember of their events, in all so much."""
+
+    def __init__(self) -> None:
+        self._bytes = 0
+        self._bytes_by_memory: dict[Memory, int] = {}
+        """Those without news for longest come first."""
+
+    def grow(self, memory: "Memory", size: int) -> None:
+        """A topic remembers so many bytes now; others may have to forget theirs for it."""
+        self.discard(memory)
+        self._bytes += size
+        self._bytes_by_memory[memory] = size
+        while self._bytes > TOPICS_EVENTS_BYTES_MAX:
+            next(iter(self._bytes_by_memory)).forget()
+
+    def discard(self, memory: "Memory") -> None:
+        """A topic remembers nothing."""
+        self._bytes -= self._bytes_by_memory.pop(memory, 0)
+
+
 class Memory:
     """One topic's state at `seq`, and as much of what led there as fits into the bounds."""
 
@@ -40,6 +66,7 @@ class Memory:
         "_kept",
         "_kept_bytes",
         "_kept_since",
+        "_memories",
         "_recalled",
         "_ring",
         "_ring_bytes",
@@ -49,8 +76,9 @@ class Memory:
         "seq",
     )
 
-    def __init__(self, topic: UUID, watched: Watched) -> None:
+    def __init__(self, topic: UUID, watched: Watched, memories: Memories) -> None:
         self._topic = topic
+        self._memories = memories
         self.seq = watched.seq
         self._snapshot = watched.snapshot
         self._snapshot_seq = watched.seq
@@ -76,7 +104,7 @@ class Memory:
         if published.snapshot is not None:
             self._snapshot, self._snapshot_seq = published.snapshot, last
         if published.events is None:
-            self._forget()
+            self.forget()
         else:
             self._remember(Run(first, last, published.events))
         self._keep(Run(first, last, published.kept))
@@ -97,7 +125,7 @@ class Memory:
             self._ring[0].first if self._ring else run.last + 1
         ):
             # More than was remembered: whoever comes next may want as much.
-            self._forget()
+            self.forget()
             self._remember(run)
         return True
 
@@ -131,15 +159,19 @@ class Memory:
                 return encode_state(self._topic, self.seq, snapshot, kept)
         return None if events is None else encode_events(self._topic, events)
 
+    def forget(self) -> None:
+        """Remember no events but those that are never dropped."""
+        self._ring.clear()
+        self._ring_bytes = 0
+        self._recalled = self.seq, self.seq, b""
+        self._memories.discard(self)
+
     def _remember(self, run: Run) -> None:
         self._ring.append(run)
         self._ring_bytes += len(run.encoded)
         while self._ring_bytes > TOPIC_EVENTS_BYTES_MAX:
             self._ring_bytes -= len(self._ring.popleft().encoded)
-
-    def _forget(self) -> None:
-        self._ring.clear()
-        self._ring_bytes = 0
+        self._memories.grow(self, self._ring_bytes)
 
     def _keep(self, run: Run) -> None:
         if not run.encoded:
