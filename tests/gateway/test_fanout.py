@@ -335,6 +335,7 @@ async def test_the_last_to_leave_ends_the_topic(hall: Hall) -> None:
     hall.publish(7, 7)
     await hall.tick()
     assert (one.log, two.log) == (["at 5"], ["at 5", [6]])
+    assert hall.fanout._memories._bytes == 0
     again = hall.watch(7)
     hall.publish(8, 8)
     await hall.tick()
