@@ -1,7 +1,7 @@
 """What the simulator knows of an engine beside its clients: when its shards were out, when bids were taken up, and how
 often it had more to do than it could.
 
-In a simulated world shards, journals, links, topics and sockets are of these classes; they are the real ones, looked at.
+In a simulated world shards, journals, links, topics and sockets are of these classes: the real ones, looked at.
 """
 
 import asyncio
@@ -19,6 +19,7 @@ from engine.commands import PlaceBid, command_id
 from engine.limits import RESUME_EVENTS_MAX
 from gateway import fanout
 from gateway.socket import ClientSocket
+from gateway.topic import Memory
 from tests.simulation.postgres import SimulatedPostgres, Table, Values
 from tests.simulation.world import Process, World
 
@@ -131,7 +132,7 @@ class ObservedEnd(link._ShardEnd):
             Observer.here().strained["gateway cut off"] += 1
 
 
-class ObservedMemory(fanout.Memory):
+class ObservedMemory(Memory):
     """A gateway's memory of a topic that says when it is asked for more than it holds."""
 
     __slots__ = ()
@@ -171,4 +172,4 @@ class ObservedSocket(ClientSocket):
 bootstrap.PostgresJournal = ObservedJournal  # type: ignore[attr-defined]
 bootstrap.Shard = ObservedShard  # type: ignore[attr-defined]
 link._ShardEnd = ObservedEnd  # type: ignore[misc]
-fanout.Memory = ObservedMemory  # type: ignore[misc]
+fanout.Memory = ObservedMemory  # type: ignore[attr-defined]

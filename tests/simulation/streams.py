@@ -25,7 +25,7 @@ class Stream:
         self._auction = auction
         self._is_subscribed = False
         self.last: int | None = None
-        """The last `seq` that was shown; None before the first, and after something wrong: what follows says nothing."""
+        """The last `seq` that was shown; None before the first, and after a wrong one: what follows says nothing."""
         self.viewers: int | None = None
         """How many watch, as was told last."""
 
