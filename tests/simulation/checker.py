@@ -954,7 +954,7 @@ def _viewers_were_counted(seen: _Seen, watching: Collection[tuple[str, int, UUID
     viewers = Counter(auction for _, _, auction in watching)
     for key in watching:
         client, connection, auction = key
-        told = seen.streams[key].viewers
+        told = seen.streams[key].viewers if key in seen.streams else None
         if told != viewers[auction]:
             sentence = f"client {client}, connection {connection}, was told of {told} viewers of {viewers[auction]}"
             yield Violation("presence", auction, None, sentence)

@@ -123,12 +123,6 @@ MUTANTS = (
         "seq, snapshot = last, encode_snapshot(self._awake[topic].state)",
     ),
     Mutant(
-        "a fold that tells of less than was kept",
-        "gateway.topic",
-        "if snapshot is not None and self._kept_since <= sent:",
-        "if snapshot is not None:",
-    ),
-    Mutant(
         "a fold on a link that drops what is kept",
         "actors.link",
         "if published.kept:",

@@ -634,14 +634,18 @@ class Nemesis:
         return process is not None
 
     def _part_and_cut(self) -> bool:
-        """A shard loses Postgres, and then its links: what is on its way is sent again to one that is away."""
+        """A shard loses Postgres in a write, then its links: what is on its way is sent again to one that is away."""
         process = self._pick_running()
         if process is None:
             return False
-        self._lose_database_for(process, self._random.uniform(3.5, 6))
-        cut_s = self._random.uniform(2.2, 3)
-        for gateway in self.house.gateways:
-            self._later(cut_s, cut_s, self._cut_all, process, gateway.process)
+
+        def strike() -> None:
+            self._later(0.0, 0.004, self._lose_database_for, process, self._random.uniform(3.5, 6))
+            cut_s = self._random.uniform(2.2, 3)
+            for gateway in self.house.gateways:
+                self._later(cut_s, cut_s, self._cut_all, process, gateway.process)
+
+        self._at_write(process, strike)
         return True
 
     def _lose_database_for(self, process: Process, duration_s: float) -> None:
