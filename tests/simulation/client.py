@@ -29,6 +29,7 @@ from tests.simulation.history import (
     verdict,
 )
 from tests.simulation.network import SimulatedNetwork, Transport
+from tests.simulation.observer import Observer
 from tests.simulation.world import Process
 
 _TEXT: Final = picows.WSMsgType.TEXT
@@ -347,6 +348,7 @@ class Client:
                 )
                 self._follow(auction, message["events"])
             case "state":
+                Observer.here().strained["client told a state"] += 1
                 record = state(self.name, self._connection, message, at=self._now_ms())
                 self._history.append(record)
                 self._know(record.auction, message)

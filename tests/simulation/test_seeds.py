@@ -16,12 +16,16 @@ JOBS = 2
 STRAINS = {
     "client behind",
     "client closed as too slow",
+    "client told a state",
     "client told busy",
     "events folded on a link",
     "events no longer at the gateway",
     "gateway behind",
     "gateway cut off",
 }
+
+pytestmark = pytest.mark.timeout(100)
+"""Hundreds of seeds take a while where the cores are shared; the suite's own time bounds them all."""
 
 
 def first_failure(seeds: range, mutant: str | None) -> dict[str, Any] | None:
