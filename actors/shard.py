@@ -239,7 +239,7 @@ class Shard:
                 self._take_unsubscribe(entity_id, _Waiting(outlet, request, now))
             elif isinstance(request.payload, Viewers):
                 self._count_viewers(request.payload, outlet)
-            elif (refusal := self._refuse(entity_id)) is not None:
+            elif (refusal := self._refuse(entity_id, entity)) is not None:
                 refused.append(Answered(request.request, refusal))
             else:
                 self._line += 1
@@ -266,13 +266,13 @@ class Shard:
 
     # One request
 
-    def _refuse(self, entity_id: UUID) -> Rejection | None:
+    def _refuse(self, entity_id: UUID, entity: Entity | None) -> Rejection | None:
         """Overload is refused before anything is done; so is what another shard serves, or nobody just now."""
         if self._is_stopping or self._is_away:
             return UNAVAILABLE
         if self._line >= SHARD_LINE_MAX:
             return BUSY
-        if entity_id in self._awake or entity_id in self._waking:
+        if entity is not None or entity_id in self._waking:
             return None
         if slot_of(entity_id) not in self._slots:
             return UNAVAILABLE
