@@ -237,13 +237,14 @@ def test_what_nobody_handles_is_a_fault(seed: int) -> None:
     assert {fault.process for fault in world.faults} == {"one"}
 
 
-def test_random_bytes_and_ids_follow_from_the_seed(seed: int) -> None:
+def test_random_bytes_ids_and_numbers_follow_from_the_seed(seed: int) -> None:
     found = []
     for _ in range(2):
         with World(seed):
-            found.append((os.urandom(8), uuid4()))
+            found.append((os.urandom(8), uuid4(), random.random()))
     assert found[0] == found[1]
     assert os.urandom(8) != found[0][0]
+    assert random.random() != found[0][2]
 
 
 # The network

@@ -24,9 +24,6 @@ STRAINS = {
     "gateway cut off",
 }
 
-pytestmark = pytest.mark.timeout(100)
-"""Hundreds of seeds take a while where the cores are shared; the suite's own time bounds them all."""
-
 
 def first_failure(seeds: range, mutant: str | None) -> dict[str, Any] | None:
     """The first of these seeds to fail, or None."""
