@@ -775,7 +775,7 @@ class Pool:
         finally:
             # Whoever is cancelled must not keep it.
             if not self.process.is_dead:
-                releasing = self.process.create_task(self._release(connection, timeout))
+                releasing = asyncio.ensure_future(self._release(connection, timeout))
                 # If it fails then, the connection is ended, and nobody needs to hear of it.
                 releasing.add_done_callback(lambda task: task.cancelled() or task.exception())
                 await asyncio.shield(releasing)
