@@ -7,6 +7,7 @@ meanwhile is told as the notice that would have told it.
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Coroutine
 from functools import partial
 from typing import Protocol
@@ -82,6 +83,8 @@ class People:
         self._user_by_sink: dict[Sink, UUID] = {}
         self._missed: dict[UUID, set[int]] = {}
         """Whose notices may have been missed, of which shards, in the order in which that is looked into."""
+        self._openings: Counter[int] = Counter()
+        """How often each shard's link has opened."""
         self._newcomers: list[UUID] = []
         self._following = asyncio.Lock()
         self._followed: dict[UUID, Answer] = {}
@@ -135,13 +138,8 @@ class People:
     def follow_again(self, shard: int) -> None:
         """A link has opened again: follow everybody there, and find out what was missed."""
 
-        def followed(users: list[UUID], answer: Answer) -> None:
-            # If it was not done, the link has broken once more, and will open once more.
-            if isinstance(answer, Followed):
-                self._catch_up_with(users, shard)
-
-        for follow in _follows(list(self._people)):
-            self._shards.submit_to(shard, follow, partial(followed, follow.users))
+        self._openings[shard] += 1
+        self._follow_at(shard, list(self._people))
 
     async def close(self) -> None:
         """Give up what is being looked up."""
@@ -191,8 +189,7 @@ class People:
         person.is_known = True
         waiting, person.waiting = person.waiting, {}
         person.sinks = dict.fromkeys(waiting)
-        for on_subscribed in waiting.values():
-            on_subscribed(_standings(person))
+        _tell(waiting, _standings(person))
         self._leave(user, person)
 
     def _refuse(self, user: UUID, person: _Person, refusal: Rejection) -> None:
@@ -200,12 +197,11 @@ class People:
         self._unfollow(user)
         for sink in person.waiting:
             del self._user_by_sink[sink]
-        for on_subscribed in person.waiting.values():
-            on_subscribed(refusal)
+        _tell(person.waiting, refusal)
 
     def _leave(self, user: UUID, person: _Person) -> None:
         """Forget a user whom nobody asks for any more, though not while it is being got to know."""
-        if person.is_known and not person.sinks:
+        if person.is_known and not person.sinks and self._people.get(user) is person:
             del self._people[user]
             self._unfollow(user)
 
@@ -255,6 +251,23 @@ class People:
 
     # What was missed
 
+    def _follow_at(self, shard: int, users: list[UUID]) -> None:
+        opening = self._openings[shard]
+
+        def followed(users: list[UUID], answer: Answer) -> None:
+            self._catch_up_with(users, shard)
+            if not isinstance(answer, Followed):
+                self._run(self._follow_later(shard, opening, users))
+
+        for follow in _follows(users):
+            self._shards.submit_to(shard, follow, partial(followed, follow.users))
+
+    async def _follow_later(self, shard: int, opening: int, users: list[UUID]) -> None:
+        """Ask once more for what was refused, unless the link has opened again: then everybody was followed anew."""
+        await asyncio.sleep(LOOKUP_RETRY_MS / SECOND_MS)
+        if opening == self._openings[shard]:
+            self._follow_at(shard, [user for user in users if user in self._people])
+
     def _catch_up_with(self, users: Collection[UUID], shard: int) -> None:
         for user in users:
             self._missed.setdefault(user, set()).add(shard)
@@ -291,6 +304,15 @@ class People:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _tell(waiting: dict[Sink, OnSubscribed], answer: list[Standing] | Rejection) -> None:
+    for on_subscribed in waiting.values():
+        try:
+            on_subscribed(answer)
+        except Exception:
+            # One client's trouble is not another's.
+            logger.exception("a subscription could not be answered")
 
 
 def _follows(users: list[UUID]) -> list[Follow]:

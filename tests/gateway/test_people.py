@@ -143,6 +143,12 @@ class Hall:
             on_answer(self.follow_answer)
         await quiet()
 
+    def refuse_to_follow(self) -> None:
+        """Whoever is being followed again is not."""
+        answers, self.on_followed = self.on_followed, []
+        for on_answer in answers:
+            on_answer(UNAVAILABLE)
+
     def pop(self) -> list[tuple[int, Follow | Unfollow]]:
         told, self.told = self.told, []
         return told
@@ -224,6 +230,35 @@ async def test_all_who_come_while_others_are_followed_are_followed_together(
     parts = [Follow(users[:1]), Follow(users[1:3]), Follow(users[3:])]
     assert hall.pop() == [(shard, part) for part in parts for shard in (0, 1)]
     assert hall.people._followed == {}
+
+
+async def test_one_that_cannot_be_answered_leaves_no_other_unanswered(
+    hall: Hall, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_answer: list[Standing] | Rejection) -> None:
+        raise RuntimeError("no answer")
+
+    for is_away in (False, True):
+        hall.is_away = is_away
+        failing, socket = Socket(), Socket()
+        hall.people.follow(ANNA, failing, fail)
+        hall.people.follow(ANNA, socket, socket.subscribed)
+        await quiet()
+        assert socket.log == (["unavailable"] if is_away else [[]])
+        hall.people.drop(failing)
+        hall.people.drop(socket)
+        assert (hall.people._people, hall.people._user_by_sink) == ({}, {})
+    assert caplog.text.count("RuntimeError: no answer") == 2
+
+
+async def test_who_leaves_as_it_is_answered_leaves_nothing_behind(
+    hall: Hall, caplog: pytest.LogCaptureFixture
+) -> None:
+    socket = Socket()
+    hall.people.follow(ANNA, socket, lambda _answer: hall.people.drop(socket))
+    await quiet()
+    assert hall.pop()[2:] == [(0, Unfollow([ANNA])), (1, Unfollow([ANNA]))]
+    assert (hall.people._people, hall.people._user_by_sink, caplog.text) == ({}, {}, "")
 
 
 async def test_others_are_told_nothing(hall: Hall) -> None:
@@ -402,12 +437,50 @@ async def test_a_link_that_breaks_again_is_asked_when_it_opens_again(hall: Hall)
     hall.bids(ANNA, view(5))
     socket = await hall.follow()
     hall.bids(ANNA, view(9, leads=False))
-    hall.follow_answer = UNAVAILABLE
-    await hall.reopen()
+    hall.people.follow_again(0)
     assert socket.log[1:] == []
-    hall.follow_answer = Followed()
     await hall.reopen()
     assert socket.log[1:] == [("outbid", 9)]
+
+
+async def test_who_could_not_be_followed_again_on_a_link_that_stays_open_is_caught_up_with_all_the_same(
+    hall: Hall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(people, "LOOKUP_RETRY_MS", 0)
+    hall.bids(ANNA, view(5))
+    socket = await hall.follow()
+    ben = await hall.follow(BEN)
+    hall.bids(ANNA, view(9, leads=False))
+    hall.follow_answer = UNAVAILABLE
+    hall.pop()
+    await hall.reopen()
+    assert socket.log[1:] == [("outbid", 9)]
+    # It was asked again, for those who are still there, and tells what came until that was done.
+    await turns(lambda: len(hall.told) > 1)
+    hall.people.drop(ben)
+    hall.refuse_to_follow()
+    await turns(lambda: bool(hall.on_followed))
+    hall.bids(ANNA, view(12, most=300))
+    hall.on_followed.pop()(Followed())
+    await quiet()
+    assert socket.log[2:] == [("winning", 12)]
+    again = [told for told in hall.pop() if isinstance(told[1], Follow)]
+    assert again == [(0, Follow([ANNA, BEN])), (0, Follow([ANNA, BEN])), (0, Follow([ANNA]))]
+    assert hall.on_followed == []
+
+
+async def test_a_link_that_has_broken_again_is_left_to_its_next_opening(
+    hall: Hall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(people, "LOOKUP_RETRY_MS", 0)
+    await hall.follow()
+    hall.pop()
+    hall.people.follow_again(0)
+    first = hall.on_followed.pop()
+    await hall.reopen(0)
+    first(UNAVAILABLE)
+    await quiet()
+    assert hall.pop() == [(0, Follow([ANNA]))] * 2
 
 
 async def test_what_cannot_be_asked_now_is_asked_again(hall: Hall, monkeypatch: pytest.MonkeyPatch) -> None:
