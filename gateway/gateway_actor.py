@@ -69,7 +69,7 @@ class RunningGateway:
 
     async def serve(self, door: Door) -> None:
         """Open the links and the port; return when bids can be placed."""
-        self._router, self._fanout, self._people = await connect(self._host, self._name, self._pool)
+        self._router, self._fanout, self._people = await connect(self._host, self._name, self._pool, self._clock)
         verifier = Verifier(door.public_key)
         rates = Rates(networks(door.raised_addresses))
         self._sockets = self._make_room(door, rates)
