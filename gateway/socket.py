@@ -434,7 +434,7 @@ class ClientSocket(WSListener):
                     self._close(intent.code, intent.reason)
 
     def _submit(self, intent: Submit) -> None:
-        if retry_after_ms := self._visit.bid(intent.payload.bidder, self._clock):
+        if retry_after_ms := self._visit.bid(intent.payload.bidder, self._clock()):
             self._answered(intent.pending, rate_limited(retry_after_ms))
         else:
             self._router.submit(intent.payload, partial(self._answered, intent.pending))
