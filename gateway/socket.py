@@ -333,6 +333,8 @@ class ClientSocket(WSListener):
                 if self.is_behind:
                     self._check_budget()
         elif kind == WSMsgType.PONG:
+            # The answers to our pings are few; others nobody asked for.
+            self._count()
             self._session.activity()
         elif kind == WSMsgType.BINARY:
             self._run(self._session.binary_received())

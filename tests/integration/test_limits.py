@@ -109,7 +109,9 @@ async def test_refusals_of_long_ago_are_forgiven(limited: Gateway) -> None:
 
 
 @pytest.mark.parametrize(
-    "flood", [Frame(Opcode.PING, b""), Frame(Opcode.CONT, b"", fin=False)], ids=["pings", "fragments"]
+    "flood",
+    [Frame(Opcode.PING, b""), Frame(Opcode.PONG, b""), Frame(Opcode.CONT, b"", fin=False)],
+    ids=["pings", "pongs", "fragments"],
 )
 async def test_a_flood_of_other_frames_is_closed(limited: Gateway, flood: Frame) -> None:
     async with limited.client() as client:
