@@ -24,9 +24,9 @@ from gateway.bootstrap import connect
 from gateway.fanout import Fanout
 from gateway.people import People
 from gateway.rates import Rates, networks
-from gateway.room import Memory, memory_share_bytes, raise_file_limit, sockets_for
+from gateway.room import Memory, connections_for, memory_share_bytes, raise_file_limit, sockets_for
 from gateway.router import Router
-from gateway.socket import HttpProtocol, Sockets, make_protocol
+from gateway.socket import Sockets, make_http_protocol, make_protocol
 from gateway.tokens import Verifier
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,8 @@ class RunningGateway:
         self._router, self._fanout, self._people = await connect(self._host, self._name, self._pool, self._clock)
         verifier = Verifier(door.public_key)
         rates = Rates(networks(door.raised_addresses))
-        self._sockets = self._make_room(door, rates)
+        files = raise_file_limit()
+        self._sockets = self._make_room(door, rates, files)
         edge = Edge(
             router=self._router,
             verifier=verifier,
@@ -84,7 +85,7 @@ class RunningGateway:
         config = uvicorn.Config(
             create_app(edge),
             ws=make_protocol(self._router, self._fanout, self._people, verifier.verify, self._clock, self._sockets),
-            http=HttpProtocol,
+            http=make_http_protocol(connections_for(files)),
             lifespan="off",
             log_config=None,
             access_log=False,
@@ -123,9 +124,8 @@ class RunningGateway:
         await self._router.close()
         await self._pool.close()
 
-    def _make_room(self, door: Door, rates: Rates) -> Sockets:
+    def _make_room(self, door: Door, rates: Rates, files: int) -> Sockets:
         """Find out how many sockets there is room for, and say so."""
-        files = raise_file_limit()
         sockets = Sockets(sockets_for(files), rates)
         bytes_max = door.memory_bytes_max or memory_share_bytes(door.gateways)
         self._memory = Memory(bytes_max)

@@ -42,6 +42,14 @@ def sockets_for(files: int) -> int:
     return min(SOCKETS_MAX, files - min(FILES_RESERVED, files // 2))
 
 
+def connections_for(files: int) -> int:
+    """How many connections such a gateway keeps: its sockets, and half of the rest for HTTP and those that are ending.
+
+    The other half is for links, logs and Postgres, whatever clients do.
+    """
+    return sockets_for(files) + min(FILES_RESERVED, files // 2) // 2
+
+
 def resident_bytes() -> int:
     """The memory that this process fills."""
     if _STATM.exists():

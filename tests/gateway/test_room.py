@@ -8,7 +8,7 @@ import pytest
 
 from engine.limits import FILES_RESERVED, MEBIBYTE, SOCKETS_MAX
 from gateway import room
-from gateway.room import Memory, memory_share_bytes, raise_file_limit, resident_bytes, sockets_for
+from gateway.room import Memory, connections_for, memory_share_bytes, raise_file_limit, resident_bytes, sockets_for
 
 
 @pytest.fixture
@@ -61,6 +61,11 @@ def test_a_limit_that_cannot_be_raised_stays(monkeypatch: pytest.MonkeyPatch) ->
 def test_some_files_are_for_other_things() -> None:
     assert [sockets_for(files) for files in (256, 1_024, 4_096, 1_000_000)] == [128, 512, 3_072, SOCKETS_MAX]
     assert sockets_for(SOCKETS_MAX + FILES_RESERVED) == SOCKETS_MAX
+
+
+def test_clients_leave_files_for_links_and_postgres() -> None:
+    assert [connections_for(files) for files in (256, 4_096)] == [192, 3_584]
+    assert connections_for(1_000_000) == SOCKETS_MAX + FILES_RESERVED // 2
 
 
 def test_the_memory_that_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
