@@ -24,7 +24,7 @@ from gateway.bootstrap import connect
 from gateway.fanout import Fanout
 from gateway.people import People
 from gateway.rates import Rates, networks
-from gateway.room import Memory, connections_for, memory_share_bytes, raise_file_limit, sockets_for
+from gateway.room import MemoryGauge, connections_for, memory_share_bytes, raise_file_limit, sockets_for
 from gateway.router import Router
 from gateway.socket import Sockets, make_http_protocol, make_protocol
 from gateway.tokens import Verifier
@@ -60,7 +60,7 @@ class RunningGateway:
         self._pool = pool
         self._clock = clock
         self._sockets: Sockets
-        self._memory: Memory
+        self._memory: MemoryGauge
         self._router: Router
         self._fanout: Fanout
         self._people: People
@@ -128,7 +128,7 @@ class RunningGateway:
         """Find out how many sockets there is room for, and say so."""
         sockets = Sockets(sockets_for(files), rates)
         bytes_max = door.memory_bytes_max or memory_share_bytes(door.gateways)
-        self._memory = Memory(bytes_max)
+        self._memory = MemoryGauge(bytes_max)
         logger.info(
             "%s may open %d files: there is room for %d sockets, in up to %d MiB",
             self._name,

@@ -64,7 +64,7 @@ def memory_share_bytes(gateways: int) -> int:
     return min([psutil.virtual_memory().total, *sizes]) // 2 // gateways
 
 
-class Memory:
+class MemoryGauge:
     """Whether there is memory for newcomers: not over the bound, and then not until it is a tenth under it."""
 
     def __init__(self, bytes_max: int, resident: Callable[[], int] = resident_bytes) -> None:

@@ -18,7 +18,7 @@ from gateway import rates as rates_module
 from gateway import socket as socket_module
 from gateway.gateway_actor import Door, RunningGateway, start_gateway
 from gateway.rates import Rates
-from gateway.room import Memory
+from gateway.room import MemoryGauge
 from gateway.socket import Sockets
 from tests.integration.test_gateway import ANNA, BEN, PUBLIC, Client, Engine, engine, free_port, token
 from tests.integration.test_socket import AUCTION, Gateway, answer, closed, raw_client, running
@@ -250,7 +250,7 @@ async def test_without_memory_nobody_is_let_in_and_nobody_suffers(
     async with second_gateway(engine, memory_bytes_max=MEBIBYTE) as (gateway, port):
         await turned_away(gateway, port)
         filled = 0
-        gateway._memory = Memory(1_000, lambda: filled)
+        gateway._memory = MemoryGauge(1_000, lambda: filled)
         gateway._look_at_memory()
         async with client_of(port) as anna:
             filled = 1_001
