@@ -144,7 +144,7 @@ class Gateway:
         pool = await host.database.pool()
         clock = Clock(host.monotonic_ns)
         await clock.synchronise(pool)
-        router, fanout, people = await connect(host, self.process.name, pool)
+        router, fanout, people = await connect(host, self.process.name, pool, clock)
         self.router = router
         assert isinstance(host.network, SimulatedNetwork)
         listening = host.network.listen_now(
