@@ -67,7 +67,7 @@ SOCKET_WRITE_BYTES_MAX = 1024 * 1024
 SOCKETS_MAX = 50_000
 """Sockets of one gateway, where it may open that many files."""
 FILES_RESERVED = 1_024
-"""Files that a gateway keeps for all else: links, logs, Postgres, HTTP."""
+"""Files that a gateway keeps for all else: links, logs, Postgres, HTTP, and sockets that are refused or closing."""
 SOCKET_BEHIND_BYTES = 64 * 1024
 """With more unread a socket is behind: until it has read on, what happens in its topics is folded for it."""
 SOCKET_KERNEL_BYTES = 64 * 1024

@@ -342,6 +342,8 @@ class ClientSocket(WSListener):
                 if self.is_behind:
                     self._check_budget()
         elif kind == WSMsgType.PONG:
+            # The answers to our pings are few; others nobody asked for.
+            self._count()
             self._session.activity()
         elif kind == WSMsgType.BINARY:
             self._run(self._session.binary_received())
@@ -444,7 +446,7 @@ class ClientSocket(WSListener):
                     self._close(intent.code, intent.reason)
 
     def _submit(self, intent: Submit) -> None:
-        if retry_after_ms := self._visit.bid(intent.payload.bidder, self._clock):
+        if retry_after_ms := self._visit.bid(intent.payload.bidder, self._clock()):
             self._answered(intent.pending, rate_limited(retry_after_ms))
         else:
             self._router.submit(intent.payload, partial(self._answered, intent.pending))
@@ -569,12 +571,28 @@ class _QuietLogger(logging.LoggerAdapter[logging.Logger]):
 _LOGGER: Final = _QuietLogger(logger)
 
 
+def make_http_protocol(connections_max: int) -> "type[HttpProtocol]":
+    """Make the class that uvicorn takes as `http=`. Connections over `connections_max`, of all kinds, are cut."""
+
+    class BoundedProtocol(HttpProtocol):
+        pass
+
+    BoundedProtocol.connections_max = connections_max
+    return BoundedProtocol
+
+
 class HttpProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP, with an end to the patience for a request's headers."""
+    """uvicorn's HTTP, with a bound to connections, and an end to the patience for a request's headers."""
+
+    connections_max: int
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # As uvicorn has it.
+        # All are among them: clients' sockets, and those that are refused or closing, too.
+        is_one_too_many = len(self.connections) >= self.connections_max
         super().connection_made(transport)
         self._patience = asyncio.get_running_loop().call_later(HEADERS_TIMEOUT_MS / SECOND_MS, transport.abort)
+        if is_one_too_many:
+            transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._patience.cancel()

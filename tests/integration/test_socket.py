@@ -20,10 +20,16 @@ from websockets.typing import Subprotocol
 
 from actors.messages import Answer, BidAccepted, Payload
 from engine.commands import PlaceBid
-from engine.limits import FRAME_BYTES_MAX, SOCKET_BEHIND_MS_MAX, SOCKET_WRITE_BYTES_MAX, SUBSCRIPTIONS_MAX
+from engine.limits import (
+    FRAME_BYTES_MAX,
+    SOCKET_BEHIND_MS_MAX,
+    SOCKET_WRITE_BYTES_MAX,
+    SOCKETS_MAX,
+    SUBSCRIPTIONS_MAX,
+)
 from engine.rejections import Rejection
 from gateway import socket as socket_module
-from gateway.socket import ClientSocket, HttpProtocol, Sink, Sockets, make_protocol
+from gateway.socket import ClientSocket, HttpProtocol, Sink, Sockets, make_http_protocol, make_protocol
 from gateway.tokens import Verifier, issue, make_key_pair
 from gateway.wire import Standing, Subscribed
 from tests.support.waiting import quiet, until
@@ -116,7 +122,7 @@ class Connections(set[Any]):
 class Gateway:
     """uvicorn with our protocol on a port of its own, and all that stands behind it."""
 
-    def __init__(self, sockets: Sockets) -> None:
+    def __init__(self, sockets: Sockets, connections_max: int) -> None:
         self.router = Router()
         self.fanout = Fanout()
         self.sockets = sockets
@@ -124,7 +130,8 @@ class Gateway:
         protocol = make_protocol(
             self.router, self.fanout, self.fanout, Verifier(PUBLIC).verify, lambda: self.now, sockets
         )
-        config = uvicorn.Config(_app, ws=protocol, lifespan="off", log_config=None, http=HttpProtocol)
+        self.http = make_http_protocol(connections_max)
+        config = uvicorn.Config(_app, ws=protocol, lifespan="off", log_config=None, http=self.http)
         self.server = uvicorn.Server(config)
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
@@ -147,8 +154,8 @@ async def _app(scope: Any, receive: Any, send: Any) -> None:
 
 
 @asynccontextmanager
-async def running(sockets: Sockets | None = None) -> AsyncIterator[Gateway]:
-    gateway = Gateway(Sockets() if sockets is None else sockets)
+async def running(sockets: Sockets | None = None, connections_max: int = SOCKETS_MAX) -> AsyncIterator[Gateway]:
+    gateway = Gateway(Sockets() if sockets is None else sockets, connections_max)
     # As inside a Ray actor: not `serve`, which takes the process's signals.
     gateway.server.config.load()
     gateway.server.lifespan = gateway.server.config.lifespan_class(gateway.server.config)
@@ -634,7 +641,7 @@ async def test_who_leaves_before_its_headers_is_forgotten(gateway: Gateway) -> N
 
 def _watched_protocol(gateway: Gateway, made: list[Any]) -> HttpProtocol:
     config, state = gateway.server.config, gateway.server.server_state
-    made.append(HttpProtocol(config, state, {}))
+    made.append(gateway.http(config, state, {}))
     protocol: HttpProtocol = made[-1]
     return protocol
 
