@@ -109,7 +109,8 @@ class Scenario:
         world.run(START_US + int(self.acts_s * SECOND_US))
         self.nemesis.heal()
         self._wait(_SETTLE_S, self._is_settled)
-        self._wait(_COUNT_S, self._is_counted)
+        # Meanwhile somebody may place a last bid.
+        self._wait(_COUNT_S, lambda: self._is_settled() and self._is_counted())
 
     def _wait(self, longest_s: int, is_so: Callable[[], bool]) -> None:
         deadline_us = self.world.now_us + longest_s * SECOND_US

@@ -23,7 +23,7 @@ class Stream:
 
     def __init__(self, auction: "_Auction") -> None:
         self._auction = auction
-        self._is_subscribed = False
+        self._is_begun = False
         self.last: int | None = None
         """The last `seq` that was shown; None before the first, and after a wrong one: what follows says nothing."""
         self.viewers: int | None = None
@@ -35,7 +35,6 @@ class Stream:
         if users.get(user, record.client) is None:
             # Guests are answered by their gateway, which may be behind; but nobody goes back behind its own `since`.
             floor = min(floor, record.since or 0)
-        self._is_subscribed = True
         sentence = self._begins_wrong(record, floor)
         auction, seq = self._auction, record.seq
         if sentence is None and user in users and auction.is_played and record.you != auction.you(users[user], seq):
@@ -44,7 +43,7 @@ class Stream:
 
     def follow(self, record: Events) -> Wrong | None:
         """Judge events."""
-        if not self._is_subscribed:
+        if not self._is_begun:
             return self._go_on(None, None, f"events came before the subscription: {record.events}")
         last = self.last
         if last is None or not record.events:
@@ -53,18 +52,19 @@ class Stream:
 
     def leap(self, record: State) -> Wrong | None:
         """Judge a state: many events at once."""
-        if not self._is_subscribed:
+        if not self._is_begun:
             return self._go_on(None, record.seq, f"a state came before the subscription: {record}")
         return None if self.last is None else self._go_on(record.seq, record.seq, self._leaps_wrong(record, self.last))
 
     def count(self, record: Presence) -> Wrong | None:
         """Judge a number of viewers, as far as it can be judged while it changes."""
         self.viewers = record.viewers
-        if self._is_subscribed and record.viewers >= 0:
+        if self._is_begun and record.viewers >= 0:
             return None
         return Wrong(self._auction.id, None, f"{record.viewers} viewers were told of, subscribed or not")
 
     def _go_on(self, last: int | None, seq: int | None, sentence: str | None) -> Wrong | None:
+        self._is_begun = True
         self.last = last if sentence is None else None
         return None if sentence is None else Wrong(self._auction.id, seq, sentence)
 
