@@ -1,13 +1,15 @@
-"""The scenario `connect`: how fast sockets are let in, and what they cost while nothing happens."""
+"""The scenario `connect`: how fast sockets are let in, what they cost idle, and how fast all are back after a cut."""
 
 import asyncio
 import math
+from contextlib import suppress
 from typing import Final
 
 import uvloop
 
 from engine.limits import HEARTBEAT_MS, SECOND_MS
-from loadtests.measured import Options, Run, bottleneck_notes
+from loadtests.fanout import Bidders
+from loadtests.measured import GeneratorMeter, Options, Run, bottleneck_notes
 from loadtests.subjects import Subject, cpu_seconds, memory_bytes
 from loadtests.watchers import Watchers
 
@@ -17,12 +19,17 @@ IDLE_S: Final = 2 * HEARTBEAT_MS / SECOND_MS
 """Whole heartbeats, so that the pings and pongs of each socket are in it."""
 QUICK_IDLE_S: Final = 0.5
 SETTLE_S: Final = 1.0
+RECONNECT_RATE: Final = 10
+"""Bids a second while sockets come back."""
+RECONNECT_MAX_S: Final = 60.0
 DOORS: Final = ("gateway", "server")
 """The roles of processes that hold sockets."""
 
 
 def run(subject: Subject, options: Options) -> list[Run]:
-    """Connect sockets, leave them alone for a while, then let them watch an auction. Raises `LoadFailed`.
+    """Connect sockets, leave them alone for a while, let them watch an auction, then cut them all at once.
+
+    Raises `LoadFailed`.
 
     The subject has just been started: a server that has held sockets before keeps memory for more.
     """
@@ -40,10 +47,11 @@ async def _run(subject: Subject, options: Options) -> list[Run]:
         run.figures["empty_cpu_percent"] = await _cpu_percent(doors, idle_s / 10)
         without = memory_bytes(doors)
         both = {"doors": doors, "watchers": [watchers.pid]}
-        before = cpu_seconds(both)
+        before, meter = cpu_seconds(both), GeneratorMeter()
         options.report(f"connecting {sockets:,} sockets")
         seconds = await watchers.connect()
         after = cpu_seconds(both)
+        run.figures |= meter.figures()
         run.figures["sockets_per_second"] = sockets / seconds
         run.figures["cpu_us_per_socket"] = 1_000_000 * (after["doors"] - before["doors"]) / sockets
         run.figures["generator_cpu_percent"] = 100 * (after["watchers"] - before["watchers"]) / seconds
@@ -54,6 +62,8 @@ async def _run(subject: Subject, options: Options) -> list[Run]:
         await watchers.watch(auction)
         await asyncio.sleep(SETTLE_S)
         run.figures["bytes_per_watching_socket"] = (memory_bytes(doors) - without) / sockets
+        options.report(f"{sockets:,} sockets are cut at once")
+        again = await _reconnect(subject, options, watchers, sockets, auction)
     run.notes = bottleneck_notes(run.figures)
     if not doors:
         for name in (
@@ -65,7 +75,28 @@ async def _run(subject: Subject, options: Options) -> list[Run]:
         ):
             run.figures[name] = math.nan
         run.notes.append("The processes of a server that we did not start are not known: no memory, no processor time.")
-    return [run]
+    return [run, again]
+
+
+async def _reconnect(subject: Subject, options: Options, watchers: Watchers, sockets: int, auction: str) -> Run:
+    """Cut all sockets at once, and have them subscribe again from where they were, while bids go on."""
+    run = Run("connect", subject.name, f"{sockets:,} sockets cut at once", options.number)
+    bidders = Bidders(subject, auction)
+    await bidders.connect()
+    bidding = asyncio.create_task(bidders.bid(RECONNECT_RATE, 0, RECONNECT_MAX_S))
+    try:
+        before, meter = cpu_seconds({"watchers": [watchers.pid]}), GeneratorMeter()
+        back = await watchers.reconnect(auction)
+        run.figures = {"reconnect_s": back.seconds, "recovered_percent": 100 * back.recovered / sockets}
+        seconds = cpu_seconds({"watchers": [watchers.pid]})["watchers"] - before["watchers"]
+        run.figures |= meter.figures() | {"generator_cpu_percent": 100 * seconds / back.seconds}
+    finally:
+        bidding.cancel()
+        with suppress(asyncio.CancelledError):
+            await bidding
+        bidders.disconnect()
+    run.notes = bottleneck_notes(run.figures)
+    return run
 
 
 async def _cpu_percent(pids: list[int], seconds: float) -> float:

@@ -150,6 +150,7 @@ GOALS: Final = (
     Goal("10,000 sockets, 100 bids/s, ack p99", "fanout", "100 bids/s", "ack_p99_ms", "at most", 20),
     Goal("An idle socket's memory", "connect", "", "bytes_per_socket", "at most", 12 * 1024),
     Goal("10,000 idle sockets, of a core", "connect", "", "idle_cpu_percent", "at most", 3),
+    Goal("10,000 sockets cut at once, all served again after", "connect", "", "reconnect_s", "at most", 10),
     Goal("1,000 auctions ending in one second, late p99", "timers", "", "late_p99_ms", "at most", 20),
     Goal("1,000 auctions ending in one second, too early", "timers", "", "early", "at most", 0, of_worst=True),
     Goal("100,000 auctions in the journal, ready after", "activate", "", "ready_s", "at most", 10),

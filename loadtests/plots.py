@@ -13,6 +13,7 @@ import matplotlib as mpl
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from loadtests.goals import number_words
 from loadtests.measured import Latencies, Run
@@ -60,6 +61,10 @@ _SETTINGS: Final[Any] = {
 }
 _SIZE_INCHES: Final = (4.6, 3.1)
 _PERCENTS: Final = (50, 90, 99, 99.9, 99.99, 99.999)
+_STEPS: Final = (1, 2, 5)
+"""What is labelled of a decade, if it is the only one."""
+_SAMPLES_MIN: Final = 2
+"""Of fewer there is nothing to see."""
 _POINTS_PER_DECADE: Final = 20
 _COSTS: Final = {
     "bytes_per_socket": ("Memory of an idle socket", "KiB", 1024),
@@ -73,7 +78,9 @@ def plots_of(scenario: str, runs: Sequence[Run]) -> list[Markup]:
     if scenario == "overload":
         rated = [run for run in runs if "bids_per_second" in run.figures]
         by_rate = [
-            _plot(title, partial(_draw_by_rate, runs=rated, figure=figure)) for figure, title in _BY_RATE.items()
+            _plot(title, partial(_draw_by_rate, runs=rated, figure=figure))
+            for figure, title in _BY_RATE.items()
+            if len(rated) >= _SAMPLES_MIN
         ]
         runs = [run for run in runs if run.load == TWICE]
         return by_rate + _over_loads(runs) if runs else []
@@ -110,11 +117,10 @@ def _over_loads(runs: Sequence[Run]) -> list[Markup]:
     for load in dict.fromkeys(run.load for run in runs):
         same = [run for run in runs if run.load == load]
         for name in dict.fromkeys(name for run in same for name in run.latencies):
-            having = [run for run in same if name in run.latencies]
-            drawings.append((f"{heading_of(name)}: {load}", partial(_draw_latencies, runs=having, name=name)))
+            if having := [run for run in same if name in run.latencies and run.latencies[name].count >= _SAMPLES_MIN]:
+                drawings += [(f"{heading_of(name)}: {load}", partial(_draw_latencies, runs=having, name=name))]
         for name in dict.fromkeys(name for run in same for name in run.series):
-            # A line has two ends at least.
-            if having := [run for run in same if len(run.series.get(name, ())) > 1]:
+            if having := [run for run in same if len(run.series.get(name, ())) >= _SAMPLES_MIN]:
                 drawings += [(f"{heading_of(name)}: {load}", partial(_draw_series, runs=having, name=name))]
     return [_plot(title, draw) for title, draw in drawings]
 
@@ -127,16 +133,12 @@ def _draw_latencies(axes: Axes, runs: Sequence[Run], name: str) -> None:
         for run in runs:
             if run.subject == subject:
                 latencies.merge(run.latencies[name])
-        if not latencies.count:
-            continue
         decades = math.log10(latencies.count)
         longest = max(longest, decades)
         steps = [step / _POINTS_PER_DECADE for step in range(int(decades * _POINTS_PER_DECADE) + 1)]
         values = [latencies.percentile_ms(100 * (1 - 10**-step)) for step in steps]
         axes.plot(steps, values, label=title_of(subject), **_LINES[subject])
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter("")
+    _make_logarithmic(axes)
     shown = [percent for percent in _PERCENTS if -math.log10(1 - percent / 100) <= longest + 0.01]
     axes.set_xticks([-math.log10(1 - percent / 100) for percent in shown], [f"{percent:g} %" for percent in shown])
     axes.set_xlabel("of all were within")
@@ -181,14 +183,26 @@ def _draw_by_rate(axes: Axes, runs: Sequence[Run], figure: str) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
     axes.set_xlabel("bids sent a second")
     if figure.endswith("_ms"):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.yaxis.set_minor_formatter("")
+        _make_logarithmic(axes)
         axes.set_ylabel("ms")
     else:
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
         axes.set_ylabel(heading_of(figure))
+
+
+def _make_logarithmic(axes: Axes) -> None:
+    """Give what is drawn a logarithmic height, from one round number to another if that is less than a decade."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    rounds = [step * 10.0**decade for decade in decades for step in _STEPS]
+    is_narrow = high < 10 * low
+    if is_narrow:
+        axes.set_ylim(max(value for value in rounds if value <= low), min(value for value in rounds if value >= high))
+    axes.yaxis.set_major_locator(LogLocator(subs=_STEPS if is_narrow else (1,)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter("")
 
 
 def _plot(title: str, draw: Callable[[Axes], None]) -> Markup:

@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from loadtests.goals import Outcome, number_words, outcomes, words_of
 from loadtests.measured import Run
+from loadtests.peers import ABOUTS
 from loadtests.plots import heading_of, plots_of, subjects_of, title_of
 
 PAGE: Final = "report.html"
@@ -71,8 +72,15 @@ def write(folder: Path, runs: Sequence[Run], abouts: dict[str, str], *, seconds:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["heading"] = heading_of
-    page = environment.get_template("report.html.jinja").render(about=about, outcomes=reached, sections=sections)
+    page = environment.get_template("report.html.jinja").render(
+        about=about, outcomes=reached, sections=sections, peers=_peers(runs)
+    )
     (folder / PAGE).write_text(page)
+
+
+def _peers(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+    """What the peers are that were measured: the cells of a table."""
+    return [(title_of(name), *ABOUTS[name]) for name in subjects_of(runs) if name in ABOUTS]
 
 
 def _about(seconds: float, *, is_quick: bool) -> dict[str, Any]:

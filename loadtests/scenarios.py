@@ -53,7 +53,7 @@ SCENARIOS: Final = {
         ),
         Scenario(
             "connect",
-            "How fast 10,000 sockets are let in, and what they cost while nothing happens.",
+            "How fast 10,000 sockets are let in, what they cost while nothing happens, and how fast all come back.",
             subjects=("gavel", "ws"),
             repetitions=2,
         ),

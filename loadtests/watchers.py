@@ -74,6 +74,23 @@ class Screens:
     """Sockets that the server has closed."""
 
 
+@dataclass(frozen=True)
+class Cut:
+    """Says that all sockets are to be closed at once, and to come back to an auction."""
+
+    auction: str
+
+
+@dataclass(frozen=True)
+class Back:
+    """That all sockets are back."""
+
+    seconds: float
+    """From the cut to the answer to the last subscription."""
+    recovered: int
+    """So many were given what they had missed; the others the whole state."""
+
+
 class Watchers:
     """So many sockets in another process. `with` them: at the end that process is gone."""
 
@@ -105,6 +122,12 @@ class Watchers:
         """Have them all subscribe to an auction. Raises `LoadFailed`."""
         await self._ask(auction)
 
+    async def reconnect(self, auction: str) -> Back:
+        """Close all sockets at once, and have them watch an auction again from where they were. Raises `LoadFailed`."""
+        back = await self._ask(Cut(auction))
+        assert isinstance(back, Back)
+        return back
+
     async def saw(self, bids: Bids) -> Screens:
         """Wait until they have all seen the last of these bids, and say when they saw which."""
         screens = await self._ask(bids)
@@ -121,7 +144,7 @@ class Watchers:
         self._process.terminate()
         self._process.join()
 
-    async def _ask(self, question: "str | Bids | None") -> object:
+    async def _ask(self, question: "str | Bids | Cut | None") -> object:
         self._pipe.send(question)
         return await self._answer()
 
@@ -154,9 +177,17 @@ class _Watcher(Client):
         super().__init__(None, framing)
         self.seq = -1
         """The last one that it has seen."""
+        self.is_recovered = False
+        """Whether it was given what it had missed."""
         self.subscribed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._record = record
         self._note = record.numbers.append
+
+    def successor(self) -> "_Watcher":
+        """Another socket that has seen as much."""
+        watcher = _Watcher(self._record, self._framing)
+        watcher.seq = self.seq
+        return watcher
 
     def on_message(self, message: bytes) -> None:
         now_ns = time.monotonic_ns()
@@ -188,6 +219,7 @@ class _Watcher(Client):
         match message["type"]:
             case "subscribed":
                 self.seq = message["seq"]
+                self.is_recovered = message["recovered"]
                 self.subscribed.set_result(None)
             case "error" if not self.subscribed.done():
                 self.subscribed.set_exception(LoadFailed(f"the server lets nobody watch ({message['message']})"))
@@ -227,13 +259,15 @@ async def _serve(pipe: "Connection[Any, Any]", url: str, framing: Framing, socke
         disconnect(watchers)
 
 
-async def _answer(question: str | Bids | None, watchers: list[_Watcher], record: _Record, url: str) -> object:
+async def _answer(question: str | Bids | Cut | None, watchers: list[_Watcher], record: _Record, url: str) -> object:
     match question:
         case Bids():
             return await _saw(question, watchers, record)
         case str():
             await _watch(question, watchers)
             return None
+        case Cut():
+            return await _reconnect(question, watchers, url)
         case None:
             began_ns = time.monotonic_ns()
             await connect(watchers, url, AT_ONCE)
@@ -241,14 +275,30 @@ async def _answer(question: str | Bids | None, watchers: list[_Watcher], record:
 
 
 async def _watch(auction: str, watchers: list[_Watcher]) -> None:
-    subscribe = json.dumps({"op": "subscribe", "ref": 1, "topic": f"auction:{auction}"}).encode()
+    for first in range(0, len(watchers), AT_ONCE):
+        await _subscribe(auction, watchers[first : first + AT_ONCE])
+
+
+async def _reconnect(cut: Cut, watchers: list[_Watcher], url: str) -> Back:
+    began_ns = time.monotonic_ns()
+    disconnect(watchers)
+    watchers[:] = [watcher.successor() for watcher in watchers]
+    for first in range(0, len(watchers), AT_ONCE):
+        some = watchers[first : first + AT_ONCE]
+        await connect(some, url, AT_ONCE)
+        await _subscribe(cut.auction, some)
+    seconds = (time.monotonic_ns() - began_ns) / NS_PER_S
+    return Back(seconds, sum(watcher.is_recovered for watcher in watchers))
+
+
+async def _subscribe(auction: str, watchers: Sequence[_Watcher]) -> None:
+    """Have them all watch an auction, from what they have seen of it on."""
+    for watcher in watchers:
+        since = {} if watcher.seq < 0 else {"since": watcher.seq}
+        watcher.send(json.dumps({"op": "subscribe", "ref": 1, "topic": f"auction:{auction}", **since}).encode())
     try:
-        for first in range(0, len(watchers), AT_ONCE):
-            some = watchers[first : first + AT_ONCE]
-            for watcher in some:
-                watcher.send(subscribe)
-            async with asyncio.timeout(SUBSCRIBE_TIMEOUT_S):
-                await asyncio.gather(*(watcher.subscribed for watcher in some))
+        async with asyncio.timeout(SUBSCRIBE_TIMEOUT_S):
+            await asyncio.gather(*(watcher.subscribed for watcher in watchers))
     except TimeoutError:
         raise LoadFailed(f"the server lets nobody watch within {SUBSCRIBE_TIMEOUT_S:.0f} s") from None
 

@@ -1,12 +1,5 @@
 """The peers: what a user would otherwise take, started and spoken to in the same way as Gavel.
 
-| peer | what it is | a bid is acknowledged when | broadcasts |
-| --- | --- | --- | --- |
-| `row_lock` | FastAPI and Postgres, `SELECT … FOR UPDATE` for each bid | it is on the disk | no |
-| `ray_calls` | FastAPI, and a Ray call to one of Gavel's shards for each bid | it is on the disk | no |
-| `ws` | Node's `ws` | it is in memory | yes |
-| `socketio` | Socket.IO on Node | it is in memory | yes |
-
 All have the same rules, keep each bid's verdict by its `bid_id`, and speak the JSON of the live protocol, as far as the
 benchmark needs it. A token is the user's id itself. Each file says by which document it is written.
 """
@@ -19,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 from engine.commands import Role
@@ -30,6 +23,28 @@ from loadtests.subjects import processes_of, started
 IN_PYTHON: Final = ("row_lock", "ray_calls")
 IN_JAVASCRIPT: Final = {"ws": "ws.js", "socketio": "socketio.js"}
 NAMES: Final = (*IN_PYTHON, *IN_JAVASCRIPT)
+
+
+class About(NamedTuple):
+    """What a peer is, for the report."""
+
+    what: str
+    acknowledges: str
+    """When it acknowledges a bid."""
+    broadcasts: str
+
+
+ABOUTS: Final = {
+    "row_lock": About(
+        "FastAPI and Postgres, the auction's row locked (SELECT … FOR UPDATE) for each bid; 16 connections, of which "
+        "an auction gets 2 at a time, first come, first served",
+        "when it is on the disk",
+        "no",
+    ),
+    "ray_calls": About("FastAPI, and a Ray call to one of Gavel's shards for each bid", "when it is on the disk", "no"),
+    "ws": About("ws on Node, all auctions in memory", "when it is in memory", "yes"),
+    "socketio": About("Socket.IO on Node, all auctions in memory", "when it is in memory", "yes"),
+}
 
 _NODE: Final = Path(__file__).parent / "node"
 _INSTALL_S: Final = 120

@@ -74,6 +74,29 @@ def test_an_overload_is_drawn_by_rate(tmp_path: Path) -> None:
     assert "Acknowledged at each rate" in page
 
 
+def test_the_page_says_what_the_peers_are(tmp_path: Path) -> None:
+    page, _ = written(tmp_path, some_run("bids", "gavel", "100 bids/s"), some_run("bids", "row_lock", "100 bids/s"))
+    assert "16 connections" in page
+    assert "Socket.IO" not in page
+
+
+def test_one_latency_is_not_drawn(tmp_path: Path) -> None:
+    run = some_run("recover", "gavel", "kills")
+    run.latencies["recovery"] = Latencies()
+    run.latencies["recovery"].add(1_000_000)
+    page, _ = written(tmp_path, run)
+    assert "ack: kills" in page
+    assert "recovery: kills" not in page
+
+
+def test_latencies_within_a_decade_are_labelled(tmp_path: Path) -> None:
+    run = some_run("bids", "gavel", "100 bids/s")
+    run.latencies["ack"] = Latencies()
+    run.latencies["ack"].add_many(range(2_100_000, 4_500_000, 100_000))
+    page, _ = written(tmp_path, run)
+    assert all(re.search(rf"<text[^>]*>{label}</text>", page) for label in ("2", "5"))
+
+
 def test_a_quick_run_says_that_it_says_nothing(tmp_path: Path) -> None:
     page, data = written(tmp_path, some_run("bids", "gavel", "100 bids/s"), is_quick=True)
     assert "A quick run:" in page
