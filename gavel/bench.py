@@ -1,9 +1,10 @@
 """`gavel bench`: measure the engine beside what one would otherwise take, and write a report."""
 
+import itertools
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from loadtests.subjects import Subject
 
 OUTPUT: Final = "gavel-bench"
+_NEVER: Final = ("lost", "counted_twice", "missing")
+"""Figures that count what Gavel promises never to do with a bid: however fast it was, it is broken then."""
 _LIST: Final = "\n".join(f"  {scenario.name:<10}{scenario.about}" for scenario in SCENARIOS.values())
 
 
@@ -73,14 +76,30 @@ def command(
     # Before the first minutes have passed, not after the last.
     _make_folder(output)
     began = time.monotonic()
+    names = [one.name for one in chosen]
+
+    def keep(measured: "Sequence[Run]") -> None:
+        write_report(output, measured, names, time.monotonic() - began, is_quick=quick)
+
     with _terminable():
-        measured = measure_with_progress(stands, _running(url, data_dir), is_quick=quick)
-    write_report(output, measured, [one.name for one in chosen], time.monotonic() - began, is_quick=quick)
+        measured = measure_with_progress(stands, _running(url, data_dir), keep, is_quick=quick)
+    print_goals(measured, names, is_quick=quick)
+    from loadtests.report import DATA, PAGE
+
+    click.echo(f"{output / PAGE} has the plots, {output / DATA} all figures.")
+    if quick:
+        click.echo("This was a quick run: its figures say nothing about the goals.")
     return print_failures(measured)
 
 
-def measure_with_progress(stands: "Sequence[Stand]", running: "Subject | None", *, is_quick: bool) -> "list[Run]":
-    """Measure one thing after the other, and say how far it is."""
+def measure_with_progress(
+    stands: "Sequence[Stand]", running: "Subject | None", keep: "Callable[[Sequence[Run]], None]", *, is_quick: bool
+) -> "list[Run]":
+    """Measure one thing after the other, and say how far it is.
+
+    `keep` is given all runs so far after each scenario, also when something ends us in its midst. A quick benchmark,
+    whose subjects go through several scenarios, calls it once.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -92,53 +111,67 @@ def measure_with_progress(stands: "Sequence[Stand]", running: "Subject | None", 
     # It is drawn when there is something to tell: a thread that draws would disturb what is measured here.
     with Progress(*columns, console=Console(stderr=True), auto_refresh=False, transient=True) as progress:
         task = progress.add_task("", total=len(stands))
-        for stand in stands:
+
+        def run(stand: "Stand") -> None:
             names = ", ".join(scenario.name for scenario in stand.scenarios)
             words = f"{title_of(stand.subject)}, {names}, run {stand.number + 1}"
             if not progress.console.is_terminal:
                 progress.console.print(words)
 
-            def report(doing: str, words: str = words) -> None:
+            def report(doing: str) -> None:
                 progress.update(task, description=f"{words}: {doing}", refresh=True)
 
-            runs += measure(stand, report, is_quick=is_quick, running=running)
+            measure(stand, runs, report, is_quick=is_quick, running=running)
             progress.advance(task)
+
+        for _, group in itertools.groupby(stands, key=lambda stand: () if is_quick else stand.scenarios):
+            try:
+                for stand in group:
+                    run(stand)
+            finally:
+                keep(runs)
     return runs
 
 
 def write_report(
     output: Path, runs: "Sequence[Run]", scenarios: Sequence[str], seconds: float, *, is_quick: bool
 ) -> None:
-    """Write the page and the JSON, and print the goals."""
+    """Write the page and the JSON."""
+    from loadtests import report
+
+    abouts = {name: SCENARIOS[name].about for name in scenarios}
+    report.write(output, runs, abouts, seconds=seconds, is_quick=is_quick)
+
+
+def print_goals(runs: "Sequence[Run]", scenarios: Sequence[str], *, is_quick: bool) -> None:
+    """Print the goals beside what was measured."""
     from rich.console import Console
     from rich.table import Table
 
-    from loadtests import report
     from loadtests.goals import outcomes
 
-    table = Table("goal", "wanted", "measured", "lowest to highest", "met")
+    table = Table("goal", "met", "wanted", "measured", "lowest to highest")
     for outcome in outcomes(runs, scenarios):
         met = {None: "-", True: "[green]yes[/]", False: "[red]no[/]"}[None if is_quick else outcome.is_met]
-        words = (outcome.goal.about, outcome.goal.limit_words, outcome.value_words, outcome.spread_words)
-        table.add_row(*words, met)
-    console = Console()
-    console.print(table)
-    report.write(output, runs, {name: SCENARIOS[name].about for name in scenarios}, seconds=seconds, is_quick=is_quick)
-    click.echo(f"{output / report.PAGE} has the plots, {output / report.DATA} all figures.")
-    if is_quick:
-        click.echo("This was a quick run: its figures say nothing about the goals.")
+        measured = "\n".join((outcome.value_words, *(f"[dim]{remark}[/]" for remark in outcome.remarks)))
+        table.add_row(outcome.goal.about, met, outcome.goal.limit_words, measured, outcome.spread_words)
+    Console().print(table)
 
 
 def print_failures(runs: "Sequence[Run]") -> int:
-    """Say what is missing. Returns the exit code: 1 if anything broke off."""
-    from loadtests.benchmark import BROKE_OFF, LEFT_OUT
+    """Say what is missing. Returns the exit code: 1 if anything broke off, or Gavel has lost something."""
+    from loadtests.measured import BROKE_OFF, LEFT_OUT
 
     for note in dict.fromkeys(run.notes[0] for run in runs if run.load == LEFT_OUT):
         click.echo(note, err=True)
     broken = [run for run in runs if run.load == BROKE_OFF]
     for run in broken:
         click.echo(f"{run.scenario} on {run.subject}, run {run.number + 1}, broke off: {run.notes[0]}.", err=True)
-    return 1 if broken else 0
+    wrong = [(run, name) for run in runs for name in _NEVER if run.subject == "gavel" and run.figures.get(name)]
+    for run, name in wrong:
+        heading = name.replace("_", " ")
+        click.echo(f"{run.scenario}, {run.load}, run {run.number + 1}: {run.figures[name]:,.0f} {heading}.", err=True)
+    return 1 if broken or wrong else 0
 
 
 def _running(url: str | None, data_dir: Path | None) -> "Subject | None":

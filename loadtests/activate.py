@@ -47,11 +47,8 @@ def run(subject: Subject, options: Options) -> list[Run]:
 
 
 async def _fill(data_dir: Path, auctions: int) -> list[UUID]:
-    connection = await journal.connect(data_dir)
-    try:
+    async with journal.connected(data_dir) as connection:
         return await journal.fill(connection, auctions)
-    finally:
-        await connection.close()
 
 
 async def _touch(engine: Engine, auctions: Sequence[UUID]) -> Latencies:

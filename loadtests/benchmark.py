@@ -8,7 +8,7 @@ from typing import Final
 
 import psutil
 
-from loadtests.measured import LoadFailed, Options, Run
+from loadtests.measured import BROKE_OFF, LEFT_OUT, LoadFailed, Options, Run
 from loadtests.peers import running_peer, why_not
 from loadtests.scenarios import Scenario
 from loadtests.subjects import Subject, own_engine
@@ -16,9 +16,6 @@ from loadtests.subjects import Subject, own_engine
 GAVEL: Final = "gavel"
 PEER_AUCTIONS: Final = 1_100
 """As many as the scenarios want of one peer."""
-BROKE_OFF: Final = "broke off"
-"""What stands in place of the load where a scenario did not come to its end; the note says why."""
-LEFT_OUT: Final = "left out"
 _FAILURES: Final = (LoadFailed, OSError, psutil.Error)
 """What a server, or the machine, can do to a scenario; the last two where a process of the server goes away."""
 
@@ -53,15 +50,20 @@ def plan(scenarios: Sequence[Scenario], repetitions: int | None, *, is_quick: bo
 
 
 def measure(
-    stand: Stand, report: Callable[[str], None], *, is_quick: bool, running: Subject | None = None
-) -> list[Run]:
-    """Start a subject (unless one is `running`), run the scenarios on it, and stop it.
+    stand: Stand,
+    runs: list[Run],
+    report: Callable[[str], None],
+    *,
+    is_quick: bool,
+    running: Subject | None = None,
+) -> None:
+    """Start a subject (unless one is `running`), run the scenarios on it, and stop it. Adds to `runs`.
 
     What goes wrong stands as a note in a run without figures: the rest of a benchmark shall not be lost for it.
     """
     if stand.subject != GAVEL and (reason := why_not(stand.subject)) is not None:
-        return [_without_figures(scenario, stand, LEFT_OUT, reason) for scenario in stand.scenarios]
-    runs: list[Run] = []
+        runs += [_without_figures(scenario, stand, LEFT_OUT, reason) for scenario in stand.scenarios]
+        return
     report("starting")
     try:
         with nullcontext(running) if running is not None else _started(stand) as subject:
@@ -73,7 +75,6 @@ def measure(
                     runs.append(_without_figures(scenario, stand, BROKE_OFF, _sentence(error)))
     except _FAILURES as error:
         runs += [_without_figures(scenario, stand, BROKE_OFF, _sentence(error)) for scenario in stand.scenarios]
-    return runs
 
 
 def _report_of(scenario: Scenario, report: Callable[[str], None], doing: str) -> None:

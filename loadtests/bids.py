@@ -64,7 +64,8 @@ class Measured:
     """How long after its time a bid left; None in a closed loop."""
     series: list[tuple[float, float]] = field(default_factory=list)
     """Acknowledgements a second over time."""
-    generator_cpu_percent: float = 0
+    cpu_percents: dict[str, float] = field(default_factory=dict)
+    """See `GeneratorMeter`."""
     cpu_us_per_ack: dict[str, float] = field(default_factory=dict)
     """What the server took for each acknowledgement, by role of its processes."""
 
@@ -79,14 +80,14 @@ class Measured:
         run.add_percentiles("ack")
         run.figures |= {"refused": self.refused.total(), "unanswered": self.unanswered}
         run.figures |= {f"refused_{code}": count for code, count in self.refused.items()}
-        run.figures["generator_cpu_percent"] = self.generator_cpu_percent
+        run.figures |= self.cpu_percents
         if self.late is not None:
             run.figures["late_p99_ms"] = self.late.percentile_ms(99)
         if self.cpu_us_per_ack:
             run.figures["cpu_us_per_ack"] = sum(self.cpu_us_per_ack.values())
         run.figures |= {f"{role}_cpu_us_per_ack": cost for role, cost in self.cpu_us_per_ack.items()}
         run.series["acks_per_second"] = self.series
-        run.notes = bottleneck_notes(self.generator_cpu_percent, self.late)
+        run.notes = bottleneck_notes(run.figures)
         return run
 
 
@@ -152,7 +153,7 @@ class ClosedLoop:
             for bidder in self._bidders:
                 bidder.bid()
             await asyncio.sleep(seconds)
-            generator_cpu_percent = meter.cpu_percent()
+            cpu_percents = meter.figures()
             await _wait(self._done)
             cpu_after = cpu_seconds(subject.processes())
         finally:
@@ -166,7 +167,7 @@ class ClosedLoop:
             seconds,
             refused=self.refused,
             unanswered=sockets - self._at_rest,
-            generator_cpu_percent=generator_cpu_percent,
+            cpu_percents=cpu_percents,
             cpu_us_per_ack=_per_ack(cpu_before, cpu_after, len(self.acked_ns)),
         )
 
@@ -267,7 +268,7 @@ class OpenLoop:
         pace.start()
         try:
             await pace.done.wait()
-            generator_cpu_percent = meter.cpu_percent()
+            cpu_percents = meter.figures()
             await _wait(self._done)
         finally:
             pace.stop()
@@ -285,7 +286,7 @@ class OpenLoop:
             refused=self._refused,
             unanswered=self._expected - self._answered,
             late=late,
-            generator_cpu_percent=generator_cpu_percent,
+            cpu_percents=cpu_percents,
             cpu_us_per_ack=_per_ack(cpu_before, cpu_after, int(np.count_nonzero(acked_ns > 0))),
         )
 
@@ -358,7 +359,7 @@ def _measured(
     *,
     refused: Counter[str],
     unanswered: int,
-    generator_cpu_percent: float,
+    cpu_percents: dict[str, float],
     cpu_us_per_ack: dict[str, float],
     late: Latencies | None = None,
 ) -> Measured:
@@ -366,7 +367,7 @@ def _measured(
     measured = Measured(
         seconds * (1 - WARM_UP), refused=refused, unanswered=unanswered, late=late, cpu_us_per_ack=cpu_us_per_ack
     )
-    measured.generator_cpu_percent = generator_cpu_percent
+    measured.cpu_percents = cpu_percents
     begin_ns, end_ns = began_ns + int(seconds * WARM_UP * NS_PER_S), began_ns + int(seconds * NS_PER_S)
     measured.acks = int(np.count_nonzero((acked_ns >= begin_ns) & (acked_ns < end_ns)))
     warm = (sent_ns >= begin_ns) & (acked_ns >= 0)

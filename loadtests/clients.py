@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from picows import WSFrame, WSListener, WSMsgType, WSTransport, ws_connect
+from picows import WSError, WSFrame, WSListener, WSMsgType, WSTransport, ws_connect
 
 from loadtests.measured import NS_PER_S, LoadFailed
 
@@ -139,7 +139,7 @@ async def connect(clients: Sequence[Client], url: str, at_once: int = CONNECT_AT
             async with asyncio.timeout(TIMEOUT_S):
                 await asyncio.gather(*(_connect(client, url) for client in some))
                 await asyncio.gather(*(client.welcome for client in some))
-        except (OSError, TimeoutError, asyncio.InvalidStateError) as error:
+        except (OSError, TimeoutError, asyncio.InvalidStateError, WSError) as error:
             raise LoadFailed(f"the server does not answer ({str(error) or type(error).__name__})") from error
 
 

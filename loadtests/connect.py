@@ -54,7 +54,7 @@ async def _run(subject: Subject, options: Options) -> list[Run]:
         await watchers.watch(auction)
         await asyncio.sleep(SETTLE_S)
         run.figures["bytes_per_watching_socket"] = (memory_bytes(doors) - without) / sockets
-    run.notes = bottleneck_notes(run.figures["generator_cpu_percent"])
+    run.notes = bottleneck_notes(run.figures)
     if not doors:
         for name in (
             "empty_cpu_percent",

@@ -14,6 +14,7 @@ import msgspec
 import uvloop
 
 from loadtests.clients import Client, Framing, Pace, connect, disconnect
+from loadtests.goals import DRAIN_S
 from loadtests.measured import GeneratorMeter, Latencies, LoadFailed, Options, Run, bottleneck_notes
 from loadtests.subjects import Subject, cpu_seconds
 from loadtests.watchers import Bids, Screens, Watchers
@@ -68,7 +69,7 @@ async def _measure(subject: Subject, options: Options, bidders: "Bidders", watch
     percents = {
         role: 100 * (after - before[role]) / (warm_up_s + seconds) for role, after in cpu_seconds(processes).items()
     }
-    own_percent = meter.cpu_percent()
+    own = meter.figures()
     await load.answered()
     bids = load.bids()
     screens = await watchers.saw(bids)
@@ -78,28 +79,36 @@ async def _measure(subject: Subject, options: Options, bidders: "Bidders", watch
     run.figures = {
         "bids_per_second": len(bids.seqs) / seconds,
         "refused": load.refused.total(),
+        "unanswered": len(load.waiting),
         "frames_per_second": screens.frames / (warm_up_s + seconds),
         "backlog": screens.backlog,
         "drained_s": screens.drained_s,
         "missing": screens.missing,
+        "lost_sockets": screens.lost,
+        "late_p99_ms": load.late.percentile_ms(99),
         "generator_cpu_percent": percents.pop("watchers"),
-        "bidders_cpu_percent": own_percent,
+        "bidders_cpu_percent": own["generator_cpu_percent"],
+        "machine_cpu_percent": own["machine_cpu_percent"],
         **{f"{role}_cpu_percent": percent for role, percent in percents.items()},
     }
     for name in run.latencies:
         run.add_percentiles(name)
-    run.notes = bottleneck_notes(run.figures["generator_cpu_percent"], load.late) + _notes(load, screens)
+    run.notes = bottleneck_notes(run.figures) + _notes(load, screens)
     return run
 
 
 def _notes(load: "Load", screens: Screens) -> list[str]:
     notes = [f"{count} bids were refused: {code}." for code, count in load.refused.items()]
-    if load.unanswered:
-        notes.append(f"{load.unanswered} bids were not answered.")
+    if load.waiting:
+        notes.append(f"{len(load.waiting):,} bids were not answered.")
     if screens.missing:
-        notes.append(f"{screens.missing} pairs of a bid and a socket never came together.")
+        notes.append(f"{screens.missing:,} pairs of a bid and a socket never came together.")
+    if load.waiting or screens.missing:
+        notes.append("What never came counts until we gave up: the latencies were at least what is said.")
+    if screens.drained_s > DRAIN_S:
+        notes.append(f"It did not keep up: what had piled up took {screens.drained_s:.1f} s more.")
     if screens.lost:
-        notes.append(f"The server closed {screens.lost} sockets.")
+        notes.append(f"The server closed {screens.lost:,} sockets.")
     return notes
 
 
@@ -116,47 +125,61 @@ class Load:
         self.acks = Latencies()
         self.late = Latencies()
         self.refused: Counter[str] = Counter()
-        self.unanswered = 0
+        self.waiting: set[int] = set()
+        """The numbers of those that are not answered."""
         self.ended_ns = 0
+        self.is_given_up = False
         self._is_answered = asyncio.Event()
 
     def sent(self, scheduled_ns: int, now_ns: int) -> None:
         """A bid has left."""
+        self.waiting.add(self.first + len(self.scheduled_ns))
         self.scheduled_ns.append(scheduled_ns)
         self.late.add(now_ns - scheduled_ns)
-        self.unanswered += 1
 
     def taken(self, number: int, seq: int, now_ns: int) -> None:
         """A bid was acknowledged."""
         self.seqs[number] = seq
         if number >= self.first + self.warm_up:
             self.acks.add(now_ns - self.scheduled_ns[number - self.first])
-        self._count()
+        self._count(number)
 
-    def not_taken(self, code: str) -> None:
+    def not_taken(self, number: int, code: str) -> None:
         """A bid was refused."""
         self.refused[code] += 1
-        self._count()
+        self._count(number)
 
-    def _count(self) -> None:
-        self.unanswered -= 1
-        if self.unanswered == 0 and self.ended_ns:
+    def _count(self, number: int) -> None:
+        self.waiting.discard(number)
+        if not self.waiting and self.ended_ns:
             self._is_answered.set()
 
     async def answered(self) -> None:
-        """Wait until every bid is answered, but not for ever."""
-        if self.unanswered:
-            try:
-                async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                    await self._is_answered.wait()
-            except TimeoutError:
-                return
+        """Wait until every bid is answered, but not for ever: then one counts as having taken so long."""
+        if not self.waiting:
+            return
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                await self._is_answered.wait()
+        except TimeoutError:
+            self.is_given_up = True
+            now_ns = time.monotonic_ns()
+            for due_ns in self._unanswered_ns():
+                self.acks.add(now_ns - due_ns)
 
     def bids(self) -> Bids:
         """Those that count."""
         measured = sorted((seq, number) for number, seq in self.seqs.items() if number >= self.first + self.warm_up)
         scheduled_ns = [self.scheduled_ns[number - self.first] for _, number in measured]
-        return Bids([seq for seq, _ in measured], scheduled_ns, self.ended_ns)
+        return Bids([seq for seq, _ in measured], scheduled_ns, self.ended_ns, self._unanswered_ns())
+
+    def _unanswered_ns(self) -> list[int]:
+        """When those that count were to leave that are not answered."""
+        return [
+            self.scheduled_ns[number - self.first]
+            for number in sorted(self.waiting)
+            if number >= self.first + self.warm_up
+        ]
 
 
 class Bidders:
@@ -225,10 +248,10 @@ class _Bidder(Client):
         now_ns = time.monotonic_ns()
         answer = _read_answer(message)
         load = self._bidders.load
-        # What comes after its load is over, and was given up, counts no more.
-        if answer.ref is None or answer.ref < load.first:
+        # What comes after its load was given up, or is over, counts no more.
+        if answer.ref is None or answer.ref < load.first or load.is_given_up:
             return
         if answer.type == "ack":
             load.taken(answer.ref, answer.seq, now_ns)
         elif answer.type in ("rejected", "error"):
-            load.not_taken(answer.code)
+            load.not_taken(answer.ref, answer.code)

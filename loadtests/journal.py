@@ -5,7 +5,8 @@ way into the tables is shorter.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 from uuid import UUID, uuid4
@@ -19,6 +20,7 @@ from engine.commands import OpenAuction, PlaceBid, Terms, command_id
 from engine.increments import flat
 from engine.limits import DAY_MS, HOUR_MS
 from engine.rejections import Rejection
+from loadtests.measured import LoadFailed
 
 BIDS: Final = 2
 """In each auction."""
@@ -28,9 +30,20 @@ _COLUMNS: Final = Row._fields[:8]
 _COMMANDS: Final = "SELECT command_id, hash FROM journal WHERE command_id IS NOT NULL"
 
 
-async def connect(data_dir: Path) -> asyncpg.Connection:
-    """A connection to the embedded Postgres of an engine that runs in this folder."""
-    return await asyncpg.connect(f"postgresql://postgres@/postgres?host={data_dir / 'postgres'}")
+@asynccontextmanager
+async def connected(data_dir: Path) -> AsyncIterator[asyncpg.Connection]:
+    """A connection to the embedded Postgres of an engine that runs in this folder.
+
+    What goes wrong with it, also while it is used, raises `LoadFailed`.
+    """
+    try:
+        connection = await asyncpg.connect(f"postgresql://postgres@/postgres?host={data_dir / 'postgres'}")
+        try:
+            yield connection
+        finally:
+            await connection.close()
+    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        raise LoadFailed(f"the journal cannot be reached ({error})") from error
 
 
 async def fill(connection: asyncpg.Connection, auctions: int) -> list[UUID]:

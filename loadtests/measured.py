@@ -3,11 +3,12 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
 import numpy as np
+import psutil
 
 NS_PER_US: Final = 1_000
 NS_PER_MS: Final = 1_000_000
@@ -20,6 +21,11 @@ LATE_MS: Final = 5
 
 _GROWTH: Final = math.log(1.01)
 """Each bucket of a histogram is 1 % wider than the one below it, so a percentile is at most 1 % off."""
+
+BROKE_OFF: Final = "broke off"
+"""What stands in place of the load where a scenario did not come to its end; the note says why."""
+LEFT_OUT: Final = "left out"
+"""What stands there where a peer cannot run here; the note says why."""
 
 
 class LoadFailed(Exception):
@@ -34,9 +40,11 @@ class Latencies:
         self.max_ns = 0
         self._counts: Counter[int] = Counter()
 
-    def add(self, ns: int) -> None:
-        """Add one latency in nanoseconds."""
-        self.add_many((ns,))
+    def add(self, ns: int, count: int = 1) -> None:
+        """Add a latency in nanoseconds, so many times."""
+        self._counts[math.ceil(math.log(max(ns, NS_PER_US) / NS_PER_US) / _GROWTH)] += count
+        self.count += count
+        self.max_ns = max(self.max_ns, ns)
 
     def add_many(self, latencies_ns: Iterable[int]) -> None:
         """Add latencies in nanoseconds, much more cheaply than one by one."""
@@ -132,30 +140,38 @@ class Options:
 
 
 class GeneratorMeter:
-    """The processor time of this process, which generates load, from its making on."""
+    """The processor time of this process, which generates load, and of the whole machine, from its making on."""
 
     def __init__(self) -> None:
         self._wall_ns = time.perf_counter_ns()
         self._cpu_ns = time.process_time_ns()
+        self._machine_s = _machine_s()
 
-    def cpu_percent(self) -> float:
-        """Of one core, since the beginning."""
+    def figures(self) -> dict[str, float]:
+        """`generator_cpu_percent`, of one core, and `machine_cpu_percent`, of all cores; since the beginning."""
         wall_ns = time.perf_counter_ns() - self._wall_ns
-        return 100 * (time.process_time_ns() - self._cpu_ns) / wall_ns
+        machine_ns = (_machine_s() - self._machine_s) * NS_PER_S
+        return {
+            "generator_cpu_percent": 100 * (time.process_time_ns() - self._cpu_ns) / wall_ns,
+            "machine_cpu_percent": 100 * machine_ns / wall_ns / (psutil.cpu_count() or 1),
+        }
 
 
-def bottleneck_notes(cpu_percent: float, late: Latencies | None = None) -> list[str]:
+def _machine_s() -> float:
+    """The processor time that all cores have worked since the machine was started."""
+    times = psutil.cpu_times()
+    return sum(getattr(times, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq"))
+
+
+def bottleneck_notes(figures: Mapping[str, float]) -> list[str]:
     """Sentences about a generator that was itself the bottleneck.
 
     Args:
-        cpu_percent: what it took of a core.
-        late: how long after their scheduled time its messages left; None in a closed loop.
+        figures: those of a run: `generator_cpu_percent`, and `late_p99_ms` if it sent at a fixed rate.
     """
     notes = []
-    if cpu_percent > BUSY_PERCENT:
+    if (cpu_percent := figures.get("generator_cpu_percent", 0)) > BUSY_PERCENT:
         notes.append(f"The generator was the bottleneck: it took {cpu_percent:.0f} % of a core.")
-    if late is not None and late.percentile_ms(99) > LATE_MS:
-        notes.append(
-            f"The generator or the machine was the bottleneck: bids left {late.percentile_ms(99):.1f} ms late (p99)."
-        )
+    if (late_ms := figures.get("late_p99_ms", 0)) > LATE_MS:
+        notes.append(f"The generator or the machine was the bottleneck: bids left {late_ms:.1f} ms late (p99).")
     return notes

@@ -62,7 +62,7 @@ _SIZE_INCHES: Final = (4.6, 3.1)
 _PERCENTS: Final = (50, 90, 99, 99.9, 99.99, 99.999)
 _POINTS_PER_DECADE: Final = 20
 _COSTS: Final = {
-    "bytes_per_socket": ("Memory of an idle socket", "KB", 1024),
+    "bytes_per_socket": ("Memory of an idle socket", "KiB", 1024),
     "idle_cpu_percent": ("Processor for all idle sockets", "% of a core", 1),
 }
 _NUMBERS: Final = itertools.count()

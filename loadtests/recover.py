@@ -58,7 +58,7 @@ async def _run(subject: Subject, options: Options) -> list[Run]:
             recoveries.add(await _kill(subject, load))
         pace.stop()
         await load.finish()
-        generator_cpu_percent = meter.cpu_percent()
+        cpu_percents = meter.figures()
     finally:
         pace.stop()
         disconnect(load.bidders)
@@ -68,9 +68,9 @@ async def _run(subject: Subject, options: Options) -> list[Run]:
         run.add_percentiles(name)
     run.figures["slowest_s"] = recoveries.max_ns / NS_PER_S
     run.figures |= {"acks": len(load.acked), "refused": load.refused.total(), "unanswered": len(load.waiting)}
-    run.figures["generator_cpu_percent"] = generator_cpu_percent
+    run.figures |= cpu_percents
     run.series["acks_per_second"] = load.series()
-    run.notes = bottleneck_notes(generator_cpu_percent)
+    run.notes = bottleneck_notes(run.figures)
     run.notes += [f"{count:,} bids were refused: {code}." for code, count in load.refused.items()]
     await _judge(subject, load, run)
     return [run]
@@ -79,11 +79,8 @@ async def _run(subject: Subject, options: Options) -> list[Run]:
 async def _judge(subject: Subject, load: "_Load", run: Run) -> None:
     """Whether every acknowledged bid stands in the journal as it was acknowledged, and no bid twice."""
     assert subject.data_dir is not None, "we know its processes, so it is ours"
-    connection = await journal.connect(subject.data_dir)
-    try:
+    async with journal.connected(subject.data_dir) as connection:
         stored = await journal.hashes(connection)
-    finally:
-        await connection.close()
     run.figures["lost"] = sum(event_hash not in stored.get(bid, ()) for bid, event_hash in load.acked.items())
     run.figures["counted_twice"] = sum(len(stored.get(bid, ())) > 1 for bid in load.acked)
 

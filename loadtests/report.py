@@ -58,7 +58,11 @@ def write(folder: Path, runs: Sequence[Run], abouts: dict[str, str], *, seconds:
     folder.mkdir(parents=True, exist_ok=True)
     about = _about(seconds, is_quick=is_quick)
     reached = outcomes(runs, list(abouts))
-    kept = {**about, "goals": [_goal_to_dict(outcome) for outcome in reached], "runs": [run.to_dict() for run in runs]}
+    kept = {
+        **about,
+        "goals": [_goal_to_dict(outcome, is_quick=is_quick) for outcome in reached],
+        "runs": [run.to_dict() for run in runs],
+    }
     (folder / DATA).write_text(json.dumps(kept, indent=1) + "\n")
     sections = [
         _section(name, sentence, [run for run in runs if run.scenario == name]) for name, sentence in abouts.items()
@@ -92,7 +96,7 @@ def _processor() -> str:
     return found[1] if found else platform.machine()
 
 
-def _goal_to_dict(outcome: Outcome) -> dict[str, Any]:
+def _goal_to_dict(outcome: Outcome, *, is_quick: bool) -> dict[str, Any]:
     goal = outcome.goal
     return {
         "goal": goal.about,
@@ -101,7 +105,8 @@ def _goal_to_dict(outcome: Outcome) -> dict[str, Any]:
         "measured": outcome.value_words,
         "value": outcome.value,
         "spread": outcome.spread_words,
-        "is_met": outcome.is_met,
+        "remarks": list(outcome.remarks),
+        "is_met": None if is_quick else outcome.is_met,
     }
 
 
@@ -124,7 +129,7 @@ def _section(name: str, about: str, runs: Sequence[Run]) -> Section:
 def _is_shown(figure: str) -> bool:
     # What a page has no room for stands in the JSON.
     if figure.endswith("_cpu_percent"):
-        return figure in {"generator_cpu_percent", "idle_cpu_percent"}
+        return figure in {"generator_cpu_percent", "machine_cpu_percent", "idle_cpu_percent"}
     return not figure.endswith(("_p90_ms", "_max_ms", "_cpu_us_per_ack")) and not figure.startswith("refused_")
 
 

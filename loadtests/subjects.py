@@ -143,7 +143,7 @@ class OwnEngine(Engine):
         # What the environment of this process says about an engine is not about this one.
         environment = {name: value for name, value in os.environ.items() if not name.upper().startswith("GAVEL_")}
         began = time.perf_counter()
-        url, pid = self._running.enter_context(started(arguments, environment=environment))
+        url, pid = self._running.enter_context(started(arguments, environment=environment, data_dir=data_dir))
         self.ready_s = time.perf_counter() - began
         """How long it took to start, the last time."""
         super().__init__(url, data_dir, pid)
@@ -166,11 +166,12 @@ def own_engine() -> Iterator[OwnEngine]:
 
 @contextmanager
 def started(
-    arguments: Sequence[str], *, environment: Mapping[str, str] | None = None, folder: Path | None = None
+    arguments: Sequence[str], *, environment: Mapping[str, str] | None = None, data_dir: Path | None = None
 ) -> Iterator[tuple[str, int]]:
     """Start a server that prints `ready URL` when it serves and ends on SIGTERM. Gives its URL and process id.
 
-    Raises `LoadFailed`, with the last lines of what it printed as errors.
+    One that does not end in time is killed, with all that it started, the Postgres in its `data_dir` too. Raises
+    `LoadFailed`, with the last lines of what it printed as errors.
     """
     with tempfile.TemporaryFile("w+") as errors:
         server = subprocess.Popen(
@@ -180,7 +181,6 @@ def started(
             stderr=errors,
             text=True,
             env=environment,
-            cwd=folder,
         )
         try:
             yield _ready_url(server, errors), server.pid
@@ -189,8 +189,17 @@ def started(
             try:
                 server.wait(STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
+                _kill(server, data_dir)
+
+
+def _kill(server: subprocess.Popen[str], data_dir: Path | None) -> None:
+    """End a server at once, and all that it started."""
+    # Before the first of them is gone: afterwards nobody knows whose the others are.
+    pids = [pid for pids in processes_of(server.pid, "server", data_dir).values() for pid in pids]
+    for pid in pids:
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+    server.wait()
 
 
 def processes_of(pid: int, role: str, data_dir: Path | None) -> dict[str, list[int]]:

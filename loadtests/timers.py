@@ -49,21 +49,25 @@ async def _run(subject: Subject, options: Options) -> list[Run]:
         meter = GeneratorMeter()
         async with asyncio.timeout(PATIENCE_S):
             await asyncio.gather(*(watcher.over for watcher in watchers))
-        percent = meter.cpu_percent()
+        cpu_percents = meter.figures()
     except TimeoutError:
         raise LoadFailed("not all auctions could be watched before their ends, or ended") from None
     finally:
         disconnect(watchers)
     run = Run("timers", subject.name, f"{due:,} of {opened:,} auctions in one second", options.number)
     late = run.latencies["late"] = Latencies()
-    late.add_many(
-        max(0, heard_ns - ends_ms[auction] * NS_PER_MS)
+    late_ns = [
+        heard_ns - ends_ms[auction] * NS_PER_MS
         for watcher in watchers
         for auction, heard_ns in watcher.heard_ns.items()
-    )
+    ]
+    late.add_many(max(0, ns) for ns in late_ns)
     run.add_percentiles("late")
-    run.figures["generator_cpu_percent"] = percent
-    run.notes = bottleneck_notes(percent)
+    run.figures["early"] = sum(ns < 0 for ns in late_ns)
+    run.figures |= cpu_percents
+    run.notes = bottleneck_notes(run.figures)
+    if run.figures["early"]:
+        run.notes.append(f"{run.figures['early']:,} auctions were over before their end.")
     return [run]
 
 

@@ -49,6 +49,8 @@ class Bids:
     """When each was to leave."""
     ended_ns: int
     """When the load was over."""
+    unanswered_ns: Sequence[int] = ()
+    """When those were to leave that were not answered at all, and are on no screen for all we know."""
 
 
 @dataclass
@@ -56,7 +58,8 @@ class Screens:
     """What became of all pairs of a bid and a socket."""
 
     latencies: Latencies = field(default_factory=Latencies)
-    """From the scheduled time of a bid to the first frame on a socket whose `seq` reaches the bid's."""
+    """From the scheduled time of a bid to the first frame on a socket whose `seq` reaches the bid's; or to when we gave
+    up, for a pair that never came."""
     by_second: list[tuple[float, float]] = field(default_factory=list)
     """The p99 in milliseconds of the bids of each second since the first."""
     backlog: int = 0
@@ -66,6 +69,7 @@ class Screens:
     missing: int = 0
     """Pairs that never came."""
     frames: int = 0
+    """Those that came before the load was over."""
     lost: int = 0
     """Sockets that the server has closed."""
 
@@ -257,7 +261,7 @@ async def _saw(bids: Bids, watchers: list[_Watcher], record: _Record) -> Screens
         await asyncio.sleep(LOOK_S)
     frames = np.array(record.numbers, dtype=np.int64).reshape(-1, 3)
     del record.numbers[:]
-    screens = screens_of(frames, bids, len(watchers))
+    screens = screens_of(frames, bids, len(watchers), time.monotonic_ns())
     screens.lost = sum(watcher.lost is not None for watcher in watchers)
     return screens
 
@@ -269,7 +273,7 @@ def _are_behind(watchers: Iterable[_Watcher], seq: int) -> bool:
 # What the frames say
 
 
-def screens_of(frames: Numbers, bids: Bids, sockets: int) -> Screens:
+def screens_of(frames: Numbers, bids: Bids, sockets: int, given_up_ns: int) -> Screens:
     """What became of the pairs of `bids` and so many sockets.
 
     Args:
@@ -277,31 +281,40 @@ def screens_of(frames: Numbers, bids: Bids, sockets: int) -> Screens:
             socket.
         bids: see there.
         sockets: how many watch.
+        given_up_ns: until when we waited for pairs that never came.
     """
-    screens = Screens(frames=len(frames))
+    screens = Screens(frames=int((frames[:, 0] <= bids.ended_ns).sum()))
     seqs, scheduled_ns = np.array(bids.seqs, dtype=np.int64), np.array(bids.scheduled_ns, dtype=np.int64)
-    seen = in_time = 0
+    first_ns = min([*bids.scheduled_ns, *bids.unanswered_ns], default=0)
+    seen = np.zeros(len(seqs), dtype=np.int64)
+    in_time = 0
     last_ns = bids.ended_ns
-    latencies_by_second: dict[int, Latencies] = {}
-    for came_ns, due_ns in _pairs(frames, seqs, scheduled_ns):
-        seen += len(came_ns)
+    by_second: dict[int, Latencies] = {}
+    for came_ns, numbers in _pairs(frames, seqs):
+        seen += np.bincount(numbers, minlength=len(seqs))
         in_time += int((came_ns <= bids.ended_ns).sum())
         last_ns = max(last_ns, int(came_ns.max()))
-        seconds = (due_ns - scheduled_ns[0]) // NS_PER_S
+        due_ns = scheduled_ns[numbers]
+        seconds = (due_ns - first_ns) // NS_PER_S
         for second in np.unique(seconds):
             chosen = seconds == second
-            latencies_by_second.setdefault(int(second), Latencies()).add_many((came_ns - due_ns)[chosen])
-    for second, latencies in sorted(latencies_by_second.items()):
-        screens.by_second.append((float(second), latencies.percentile_ms(99)))
-        screens.latencies.merge(latencies)
-    screens.missing = len(seqs) * sockets - seen
+            by_second.setdefault(int(second), Latencies()).add_many((came_ns - due_ns)[chosen])
+    screens.missing = len(seqs) * sockets - int(seen.sum())
     screens.backlog = len(seqs) * sockets - in_time
     screens.drained_s = (last_ns - bids.ended_ns) / NS_PER_S
+    never = [(int(due_ns), sockets - int(count)) for due_ns, count in zip(scheduled_ns, seen, strict=True)]
+    never += [(due_ns, sockets) for due_ns in bids.unanswered_ns]
+    for left_ns, count in never:
+        if count:
+            by_second.setdefault((left_ns - first_ns) // NS_PER_S, Latencies()).add(given_up_ns - left_ns, count)
+    for second, latencies in sorted(by_second.items()):
+        screens.by_second.append((float(second), latencies.percentile_ms(99)))
+        screens.latencies.merge(latencies)
     return screens
 
 
-def _pairs(frames: Numbers, seqs: Numbers, scheduled_ns: Numbers) -> Iterator[tuple[Numbers, Numbers]]:
-    """When a frame brought a bid to a socket, and when that bid was to leave; for all pairs, some at a time."""
+def _pairs(frames: Numbers, seqs: Numbers) -> Iterator[tuple[Numbers, Numbers]]:
+    """When a frame brought a bid to a socket, and which of the bids, from 0; for all pairs, some at a time."""
     for first in range(0, len(frames), FRAMES_AT_ONCE):
         came_ns, after, up_to = frames[first : first + FRAMES_AT_ONCE].T
         begins, ends = np.searchsorted(seqs, after, "right"), np.searchsorted(seqs, up_to, "right")
@@ -309,4 +322,4 @@ def _pairs(frames: Numbers, seqs: Numbers, scheduled_ns: Numbers) -> Iterator[tu
         # For each frame the bids from its first on: begin, begin + 1, …
         steps = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         if len(steps):
-            yield np.repeat(came_ns, counts), scheduled_ns[np.repeat(begins, counts) + steps]
+            yield np.repeat(came_ns, counts), np.repeat(begins, counts) + steps

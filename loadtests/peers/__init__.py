@@ -101,7 +101,7 @@ def running_peer(name: str, auctions: int, data_dir: Path | None = None) -> Iter
         data_dir: where a peer in Python keeps its database; without it a fresh folder, which is removed afterwards.
     """
     if name in IN_JAVASCRIPT:
-        with _started(["node", str(_NODE / IN_JAVASCRIPT[name])], auctions) as (url, pid):
+        with _started(["node", str(_NODE / IN_JAVASCRIPT[name])], auctions, None) as (url, pid):
             yield Peer(name, url, pid, auctions, None)
         return
     with tempfile.TemporaryDirectory(prefix="gavel-peer-") as folder:
@@ -109,13 +109,14 @@ def running_peer(name: str, auctions: int, data_dir: Path | None = None) -> Iter
         Path(folder).chmod(0o755)
         kept = data_dir or Path(folder) / "data"
         command = [sys.executable, "-m", f"loadtests.peers.{name}", "--data-dir", str(kept)]
-        with _started(command, auctions) as (url, pid):
+        with _started(command, auctions, kept) as (url, pid):
             yield Peer(name, url, pid, auctions, kept)
 
 
-def _started(command: list[str], auctions: int) -> AbstractContextManager[tuple[str, int]]:
+def _started(command: list[str], auctions: int, data_dir: Path | None) -> AbstractContextManager[tuple[str, int]]:
     environment = os.environ | _ENVIRONMENT
-    return started([*command, "--port", "0", "--auctions", str(auctions)], environment=environment)
+    arguments = [*command, "--port", "0", "--auctions", str(auctions)]
+    return started(arguments, environment=environment, data_dir=data_dir)
 
 
 def why_not(name: str) -> str | None:

@@ -84,33 +84,48 @@ def main(open_auctions: Callable[[Path, int], AbstractAsyncContextManager[Auctio
 
 
 async def _serve(opening: AbstractAsyncContextManager[Auctions], port: int) -> None:
+    app = FastAPI()
+    config = uvicorn.Config(
+        app,
+        ws="websockets-sansio",
+        ws_max_size=FRAME_BYTES_MAX,
+        # Compressing such small messages costs more than it saves.
+        ws_per_message_deflate=False,
+        lifespan="off",
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=_STOP_S,
+    )
+    server = uvicorn.Server(config)
+    # A signal that comes while something is started waits until the server would serve, so that all is stopped again.
+    _end_on_signals(server)
     async with opening as auctions:
-        config = uvicorn.Config(
-            _create_app(auctions),
-            ws="websockets-sansio",
-            ws_max_size=FRAME_BYTES_MAX,
-            # Compressing such small messages costs more than it saves.
-            ws_per_message_deflate=False,
-            lifespan="off",
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=_STOP_S,
-        )
+        _add_route(app, auctions)
         # With the protocol named, the loop turns off Nagle's algorithm on what it accepts.
         listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(("127.0.0.1", port))
         listening.listen(_BACKLOG)
-        # uvicorn ends on a signal, and then raises it again: what stands open here is still to be closed then.
-        signal.signal(signal.SIGTERM, lambda *_: None)
-        signal.signal(signal.SIGINT, lambda *_: None)
+        # Ray has set handlers of its own.
+        _end_on_signals(server)
         print(f"ready http://127.0.0.1:{listening.getsockname()[1]}", flush=True)
-        await uvicorn.Server(config).serve(sockets=[listening])
+        await server.serve(sockets=[listening])
 
 
-def _create_app(auctions: Auctions) -> FastAPI:
-    app = FastAPI()
+def _end_on_signals(server: uvicorn.Server) -> None:
+    """Let a signal end the server, and nothing else: what stands open behind it is still to be closed then.
 
+    uvicorn has its own handlers while it serves, and raises a signal again afterwards.
+    """
+
+    def end(_number: int, _frame: object) -> None:
+        server.should_exit = True
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+
+
+def _add_route(app: FastAPI, auctions: Auctions) -> None:
     @app.websocket("/v1/live")
     async def live(socket: WebSocket) -> None:
         await socket.accept()
@@ -119,8 +134,6 @@ def _create_app(auctions: Auctions) -> FastAPI:
         except WebSocketDisconnect:
             # The client has gone; what it asked for has been done.
             return
-
-    return app
 
 
 async def _converse(socket: WebSocket, auctions: Auctions) -> None:

@@ -20,13 +20,19 @@ from websockets.typing import Subprotocol
 
 from actors.messages import Answer, BidAccepted, Payload
 from engine.commands import PlaceBid
-from engine.limits import FRAME_BYTES_MAX, SOCKET_WRITE_BYTES_MAX, SOCKETS_MAX, SUBSCRIPTIONS_MAX
+from engine.limits import (
+    FRAME_BYTES_MAX,
+    SOCKET_BEHIND_MS_MAX,
+    SOCKET_WRITE_BYTES_MAX,
+    SOCKETS_MAX,
+    SUBSCRIPTIONS_MAX,
+)
 from engine.rejections import Rejection
 from gateway import socket as socket_module
 from gateway.socket import ClientSocket, HttpProtocol, Sink, Sockets, make_http_protocol, make_protocol
 from gateway.tokens import Verifier, issue, make_key_pair
 from gateway.wire import Standing, Subscribed
-from tests.support.waiting import until
+from tests.support.waiting import quiet, until
 
 PRIVATE, PUBLIC = make_key_pair()
 NOW = 1_700_000_000_000
@@ -460,6 +466,41 @@ async def test_a_client_that_reads_on_is_caught_up(gateway: Gateway) -> None:
             await until(lambda: gateway.fanout.caught_up == [sink])
             assert not sink.is_behind
         assert gateway.fanout.sinks[AUCTION] == [sink]
+
+
+async def test_who_is_behind_again_at_once_is_not_caught_up_yet(gateway: Gateway) -> None:
+    async with gateway.client() as client:
+        await client.send(f'{{"op":"subscribe","topic":"{TOPIC}"}}')
+        await answer(client)
+        [sink] = gateway.fanout.sinks[AUCTION]
+        assert isinstance(sink, ClientSocket)
+        sink.pause_writing()
+        sink.resume_writing()
+        sink.pause_writing()
+        await quiet()
+        # Little is unread by now; but the transport speaks up again only when that is read.
+        assert (sink.is_behind, gateway.fanout.caught_up) == (True, [])
+        sink.resume_writing()
+        await until(lambda: gateway.fanout.caught_up == [sink])
+        assert not sink.is_behind
+
+
+async def test_who_is_behind_for_long_is_closed_whatever_it_says(gateway: Gateway) -> None:
+    async with gateway.client() as client:
+        await client.send(f'{{"op":"subscribe","topic":"{TOPIC}"}}')
+        await answer(client)
+        [sink] = gateway.fanout.sinks[AUCTION]
+        assert isinstance(sink, ClientSocket)
+        sink.pause_writing()
+        gateway.sockets.tick(NOW + SOCKET_BEHIND_MS_MAX)
+        sink.pause_writing()
+        await client.send('{"op":"ping","ref":7}')
+        assert (await answer(client))["ref"] == 7
+        gateway.sockets.tick(NOW + SOCKET_BEHIND_MS_MAX + 1)
+        with pytest.raises(ConnectionClosed) as closed:
+            await client.recv()
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 4001
 
 
 async def test_a_slow_client_that_catches_up_reads_why(gateway: Gateway) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from loadtests import benchmark
-from loadtests.benchmark import BROKE_OFF, LEFT_OUT, Stand, measure, plan
-from loadtests.measured import LoadFailed, Options, Run
+from loadtests.benchmark import Stand, measure, plan
+from loadtests.measured import BROKE_OFF, LEFT_OUT, LoadFailed, Options, Run
 from loadtests.scenarios import SCENARIOS, Scenario
 
 BIDS = SCENARIOS["bids"]
@@ -57,8 +57,9 @@ def test_what_breaks_off_costs_nothing_else() -> None:
         Measures("timers", ""),
     )
     nobody: Any = object()
-    stand = Stand("gavel", 1, scenarios)
-    failed, reset, measured = measure(stand, said.append, is_quick=True, running=nobody)
+    runs: list[Run] = []
+    measure(Stand("gavel", 1, scenarios), runs, said.append, is_quick=True, running=nobody)
+    failed, reset, measured = runs
     assert (failed.scenario, failed.load, failed.notes) == ("bids", BROKE_OFF, ["the server does not answer"])
     assert (reset.load, reset.notes) == (BROKE_OFF, ["ConnectionResetError: gone"])
     assert (measured.scenario, measured.load, measured.number) == ("timers", "a load", 1)
@@ -67,6 +68,8 @@ def test_what_breaks_off_costs_nothing_else() -> None:
 
 def test_a_peer_that_cannot_run_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "why_not", lambda name: f"{name} was left out, for Node is missing.")
-    (left_out,) = measure(Stand("ws", 0, (SCENARIOS["fanout"],)), lambda _: None, is_quick=True)
+    runs: list[Run] = []
+    measure(Stand("ws", 0, (SCENARIOS["fanout"],)), runs, lambda _: None, is_quick=True)
+    (left_out,) = runs
     assert (left_out.subject, left_out.load) == ("ws", LEFT_OUT)
     assert left_out.notes == ["ws was left out, for Node is missing."]

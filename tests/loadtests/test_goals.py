@@ -2,8 +2,9 @@
 
 import pytest
 
-from loadtests.goals import GOALS, Goal, outcomes, words_of
-from loadtests.measured import Run
+from loadtests.goals import FAULTS, GOALS, Goal, Outcome, outcomes, words_of
+from loadtests.measured import BROKE_OFF, Run
+from loadtests.overload import TWICE
 from loadtests.scenarios import SCENARIOS
 
 SPACE = "\N{NO-BREAK SPACE}"
@@ -47,10 +48,57 @@ def test_what_the_peer_did_not_do_is_no_ratio() -> None:
 
 
 @pytest.mark.parametrize(("p99_ms", "is_met"), [(3.99, True), (4, True), (4.01, False), (float("nan"), None)])
-def test_a_limit_holds_for_the_median(p99_ms: float, is_met: bool | None) -> None:
+def test_a_limit_of_milliseconds_holds_for_the_median(p99_ms: float, is_met: bool | None) -> None:
     runs = [run("gavel", number, "100 bids/s", ack_p99_ms=p99_ms) for number in range(3)]
     (outcome,) = [one for one in outcomes(runs, ["bids"]) if one.goal.about == "100 bids/s, ack p99"]
     assert outcome.is_met is is_met
+
+
+def outcome_of(about: str, scenario: str, *runs: Run) -> Outcome:
+    return next(one for one in outcomes(runs, [scenario]) if one.goal.about == about)
+
+
+def test_what_must_never_happen_is_judged_by_the_worst_run() -> None:
+    runs = [
+        Run("recover", "gavel", "kills", number, figures={"lost": lost, "slowest_s": slowest_s})
+        for number, (lost, slowest_s) in enumerate([(0, 0.5), (0, 0.6), (1, 1.6)])
+    ]
+    lost = outcome_of("A shard killed, acknowledged bids lost", "recover", *runs)
+    assert (lost.value, lost.is_met, lost.spread_words) == (1, False, "0 to 1")
+    slowest = outcome_of("A shard killed, bids acknowledged again after", "recover", *runs)
+    assert (slowest.value, slowest.is_met) == (1.6, False)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_latency_is_none_where_bids_were_refused_or_lost(fault: str) -> None:
+    runs = [
+        Run("fanout", "gavel", "20 bids/s", number, figures={"ack_p99_ms": 1, fault: number}) for number in range(2)
+    ]
+    outcome = outcome_of("10,000 sockets, 20 bids/s, ack p99", "fanout", *runs)
+    assert (outcome.value, outcome.is_met, outcome.remarks) == (1, False, [f"1 {FAULTS[fault]}"])
+
+
+def test_refusals_are_no_fault_where_too_much_is_asked_for() -> None:
+    figures: dict[str, float] = {"ack_p99_ms": 1, "refused": 1_000, "unanswered": 1}
+    outcome = outcome_of("Twice the knee, ack p99", "overload", Run("overload", "gavel", TWICE, 0, figures=figures))
+    assert (outcome.is_met, outcome.remarks) == (True, [])
+
+
+def test_a_goal_is_not_met_if_a_run_of_ours_broke_off() -> None:
+    good = Run("timers", "gavel", "1,000 of 10,000", 0, figures={"late_p99_ms": 1})
+    about = "1,000 auctions ending in one second, late p99"
+    assert outcome_of(about, "timers", good).is_met is True
+    broken = outcome_of(about, "timers", good, Run("timers", "gavel", BROKE_OFF, 1))
+    assert (broken.is_met, broken.remarks) == (False, ["1 of 2 runs broke off"])
+    assert outcome_of(about, "timers", Run("timers", "gavel", BROKE_OFF, 0)).is_met is False
+
+
+def test_it_is_said_what_makes_a_figure_worth_less() -> None:
+    ours = Run("fanout", "gavel", "20 bids/s", 0, figures={"bid_to_screen_p99_ms": 1, "generator_cpu_percent": 95})
+    theirs = Run("fanout", "ws", "20 bids/s", 0, figures={"bid_to_screen_p99_ms": 100, "drained_s": 30})
+    outcome = outcome_of("10,000 sockets, 20 bids/s, bid to screen p99", "fanout", ours, theirs)
+    assert outcome.is_met is True
+    assert outcome.remarks == ["the generator was at its limit", "ws: did not keep up"]
 
 
 def test_a_load_is_known_by_its_beginning() -> None:
@@ -78,7 +126,7 @@ def test_a_goal_may_compare_two_loads() -> None:
         ("ack_p99_ms", 3.2049, f"3.2{SPACE}ms"),
         ("recovery_max_ms", 1_500, f"1,500{SPACE}ms"),
         ("ready_s", 10, f"10{SPACE}s"),
-        ("bytes_per_socket", 12 * 1024, f"12.0{SPACE}KB"),
+        ("bytes_per_socket", 12 * 1024, f"12.0{SPACE}KiB"),
         ("idle_cpu_percent", 2.5, f"2.5{SPACE}%"),
         ("refused", 0, "0"),
         ("ack_p99_ms", float("nan"), f"-{SPACE}ms"),

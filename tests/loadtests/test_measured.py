@@ -65,8 +65,14 @@ def test_a_run_is_json_even_where_nothing_was_measured() -> None:
 
 
 def test_a_generator_says_when_it_was_the_bottleneck() -> None:
-    in_time, late = histogram([NS_PER_MS]), histogram([(LATE_MS + 1) * NS_PER_MS])
-    assert bottleneck_notes(BUSY_PERCENT, in_time) == []
-    assert bottleneck_notes(BUSY_PERCENT) == []
-    assert "bottleneck" in bottleneck_notes(BUSY_PERCENT + 1)[0]
-    assert "6.0 ms late" in bottleneck_notes(0, late)[0]
+    assert bottleneck_notes({"generator_cpu_percent": BUSY_PERCENT, "late_p99_ms": LATE_MS}) == []
+    assert bottleneck_notes({}) == []
+    assert "bottleneck" in bottleneck_notes({"generator_cpu_percent": BUSY_PERCENT + 1})[0]
+    assert "6.0 ms late" in bottleneck_notes({"late_p99_ms": LATE_MS + 1})[0]
+
+
+def test_a_latency_can_be_added_many_times() -> None:
+    latencies = histogram([])
+    latencies.add(7_000_000, 3)
+    latencies.add(100, 2)
+    assert latencies.to_dict() == histogram([7_000_000] * 3 + [100] * 2).to_dict()

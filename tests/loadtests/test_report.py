@@ -5,8 +5,7 @@ import re
 from pathlib import Path
 
 from loadtests import report
-from loadtests.benchmark import BROKE_OFF, LEFT_OUT
-from loadtests.measured import Latencies, Run
+from loadtests.measured import BROKE_OFF, LEFT_OUT, Latencies, Run
 from loadtests.overload import TWICE
 from loadtests.scenarios import SCENARIOS
 

@@ -10,7 +10,7 @@ const STARTING_PRICE = 1;
 const INCREMENT = 1;
 const AMOUNT_MAX = 9_999_999_999;
 const DAY_MS = 24 * 60 * 60 * 1000;
-const HEARTBEAT_MS = 25_000;
+const HEARTBEAT_MS = 15_000;
 const FRAME_BYTES_MAX = 16 * 1024;
 const SUBSCRIPTIONS_MAX = 100;
 const IN_FLIGHT_MAX = 64;
@@ -231,4 +231,4 @@ function commandLine() {
   return { port: Number(values.port), auctions: Number(values.auctions) };
 }
 
-module.exports = { FRAME_BYTES_MAX, House, commandLine, serve };
+module.exports = { FRAME_BYTES_MAX, HEARTBEAT_MS, House, commandLine, serve };

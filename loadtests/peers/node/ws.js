@@ -4,12 +4,12 @@
 //
 // As its README has it: no compression ("WebSocket compression": off on a server unless asked for), the native addon
 // bufferutil where there is a build of it ("Opt-in for performance"), and a broadcast that sends the same bytes to every
-// socket that is open ("Server broadcast"), encoded once. The sockets of each topic are kept in a set of their own, so the
-// library need not track all of them (`clientTracking`).
+// socket that is open ("Server broadcast"), encoded once; and each socket is pinged, and ended if it has not answered the
+// last ping ("How to detect and close broken connections"), as often as Gavel does it.
 
 const { createServer } = require("node:http");
 const { WebSocket, WebSocketServer } = require("ws");
-const { FRAME_BYTES_MAX, House, commandLine, serve } = require("./auctions.js");
+const { FRAME_BYTES_MAX, HEARTBEAT_MS, House, commandLine, serve } = require("./auctions.js");
 
 const { port, auctions } = commandLine();
 const house = new House(auctions);
@@ -19,13 +19,17 @@ const sockets = new WebSocketServer({
   server,
   path: "/v1/live",
   perMessageDeflate: false,
-  clientTracking: false,
   maxPayload: FRAME_BYTES_MAX,
 });
 
 sockets.on("connection", (socket) => {
   const client = {};
   const topics = new Set();
+
+  socket.isAlive = true;
+  socket.on("pong", () => {
+    socket.isAlive = true;
+  });
 
   socket.on("message", (data) => {
     let message;
@@ -65,5 +69,16 @@ function broadcast(frame) {
     if (socket.readyState === WebSocket.OPEN) socket.send(data, { binary: false });
   }
 }
+
+setInterval(() => {
+  for (const socket of sockets.clients) {
+    if (!socket.isAlive) {
+      socket.terminate();
+      continue;
+    }
+    socket.isAlive = false;
+    socket.ping();
+  }
+}, HEARTBEAT_MS);
 
 serve(server, port);
