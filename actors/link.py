@@ -191,6 +191,8 @@ class _ShardEnd(picows.WSListener):
 
         A gateway that does not read at all is cut off and comes back.
         """
+        if self.is_gone:
+            return
         part: list[Message] = []
         part_bytes = 0
         for message in messages:
@@ -208,10 +210,9 @@ class _ShardEnd(picows.WSListener):
         self._send(part)
 
     def _send(self, messages: list[Message]) -> None:
-        if self.is_gone or not messages:
-            return
-        send(self._transport, Output(messages))
-        self._check_budget()
+        if messages and not self.is_gone:
+            send(self._transport, Output(messages))
+            self._check_budget()
 
     def _check_budget(self) -> None:
         if self._transport.underlying_transport.get_write_buffer_size() + self._kept_bytes > LINK_WRITE_BYTES_MAX:
@@ -236,6 +237,8 @@ class _ShardEnd(picows.WSListener):
         return [Published(topic, fold.first, fold.last, None, kept, fold.snapshot or snapshot)]
 
     def close(self) -> None:
+        # What is delivered until the transport says so is not written any more.
+        self.is_gone = True
         self._transport.disconnect(graceful=False)
 
     def on_ws_connected(self, transport: picows.WSTransport) -> None:
@@ -307,7 +310,7 @@ class _ShardEnd(picows.WSListener):
 class _InFlight:
     """A request that waits for its answer."""
 
-    __slots__ = ("deaths", "expires_at", "links", "on_answer", "payload", "request")
+    __slots__ = ("deaths", "expires_at", "is_bid", "links", "on_answer", "payload", "request")
 
     def __init__(
         self,
@@ -320,6 +323,8 @@ class _InFlight:
         self.payload = payload
         self.on_answer = on_answer
         self.expires_at = expires_at
+        self.is_bid = isinstance(payload, PlaceBid)
+        """Also when only its outcome is asked for any more."""
         self.links = 0
         """On so many links it was sent."""
         self.deaths = 0
@@ -335,7 +340,8 @@ class Link:
     """A gateway's connection to one shard, through all its incarnations.
 
     `find_owner` looks the shard up; `on_published`, `on_presence` and `on_noticed` get what it tells; `on_open` is
-    called with the shard whenever a link has opened, before anything is sent again, so that topics can be asked anew.
+    called with the shard whenever a link has opened, before anything is sent again. Topics are to be asked for anew
+    then: a `Watch` that was not answered is dropped.
     """
 
     def __init__(
@@ -364,6 +370,10 @@ class Link:
         self._owner: UUID | None = None
         self._next_request = 1
         self._in_flight: dict[int, _InFlight] = {}
+        self._bids = 0
+        """So many of these are bids."""
+        self._suspects: dict[UUID, int] = {}
+        """Auctions whose `Watch` was in flight when the link broke, and at how many deaths it had been."""
         self._batch: list[_InFlight] = []
         self._end: _GatewayEnd | None = None
         self._opened: asyncio.Event = asyncio.Event()
@@ -389,20 +399,30 @@ class Link:
 
     def submit(self, payload: Payload | Follow | Unfollow, on_answer: Callable[[Answer], None]) -> None:
         """Send a request with all that comes in this turn of the loop; `on_answer` gets its answer, once."""
-        # For a shard that is away more is kept: it is done once the shard is back.
-        is_placed_now = self._end is not None and isinstance(payload, PlaceBid)
-        line_max = LINK_LINE_MAX if is_placed_now else LINK_IN_FLIGHT_MAX
-        # Who watches is bounded by the sockets that there are, and must not get lost.
-        if len(self._in_flight) >= line_max and not isinstance(payload, _UNBOUNDED):
+        if self._is_full_for(payload):
             on_answer(BUSY)
             return
         number = self._next_request
         self._next_request += 1
         waiting = _InFlight(number, payload, on_answer, self._loop.time() + COMMAND_TIMEOUT_MS / SECOND_MS)
+        if isinstance(payload, Watch):
+            waiting.deaths = self._suspects.pop(payload.auction, 0)
+            if waiting.deaths >= _DEATHS_MAX:
+                on_answer(INTERNAL)
+                return
         if not isinstance(payload, _UNANSWERED):
             self._in_flight[number] = waiting
+            self._bids += waiting.is_bid
         if self._end is not None:
             self._queue(waiting)
+
+    def _is_full_for(self, payload: Payload | Follow | Unfollow) -> bool:
+        # Who watches is bounded where it is asked for, and must not get lost.
+        if isinstance(payload, _UNBOUNDED):
+            return False
+        # For a shard that is away more is kept: it is done once the shard is back.
+        is_placed_now = self._end is not None and isinstance(payload, PlaceBid)
+        return len(self._in_flight) >= LINK_IN_FLIGHT_MAX or (is_placed_now and self._bids >= LINK_LINE_MAX)
 
     def _queue(self, waiting: _InFlight) -> None:
         self._batch.append(waiting)
@@ -469,12 +489,14 @@ class Link:
         self._epoch = end.epoch
         self._owner = end.owner
         self._end = end
+        for one in self._in_flight.values():
+            if one.links > 0 and is_new_process:
+                one.deaths += 1
+        self._drop_watches()
         waiting = list(self._in_flight.values())
         self._batch = []
         self._on_open(self.shard)
         for one in waiting:
-            if one.links > 0 and is_new_process:
-                one.deaths += 1
             if one.deaths < _DEATHS_MAX:
                 self._queue(one)
             elif one.is_command:
@@ -483,6 +505,16 @@ class Link:
             else:
                 self._answer(one.request, INTERNAL)
         self._opened.set()
+
+    def _drop_watches(self) -> None:
+        """Forget who was to be watched: whatever still is, is asked for anew, from where its events have come to."""
+        watches = [one for one in self._in_flight.values() if isinstance(one.payload, Watch)]
+        self._suspects = {}
+        for one in watches:
+            assert isinstance(one.payload, Watch)
+            del self._in_flight[one.request]
+            if one.deaths > 0:
+                self._suspects[one.payload.auction] = one.deaths
 
     async def _expire(self) -> None:
         """Tell those who have waited too long. A shard that can be reached answers sooner."""
@@ -511,6 +543,7 @@ class Link:
         waiting = self._in_flight.pop(number, None)
         if waiting is None:
             return
+        self._bids -= waiting.is_bid
         if waiting.links > 1 and isinstance(answer, Rejection) and answer.is_transient and waiting.is_command:
             # This time it was not done; whether it was before, nobody has said.
             answer = OUTCOME_UNKNOWN

@@ -1,7 +1,8 @@
 """How many sockets watch each topic, over all gateways, and when that is told.
 
 A change is told at once, and then not again for a second, or for as many milliseconds as there are viewers if those are
-more: a room of 10,000 in which somebody always comes or goes is not sent 10,000 messages a second.
+more: a room of 10,000 in which somebody always comes or goes is not sent 10,000 messages a second. The first number
+waits for a second: by then all gateways have counted theirs, also those of a shard that was started again.
 """
 
 import asyncio
@@ -36,7 +37,10 @@ class Audiences(Generic[Party]):
 
     def count(self, topic: UUID, party: Party, viewers: int) -> None:
         """A party has so many viewers now."""
-        audience = self._audiences.setdefault(topic, _Audience())
+        audience = self._audiences.get(topic)
+        if audience is None:
+            audience = self._audiences[topic] = _Audience()
+            self._be_silent(topic, audience, PRESENCE_MS)
         if audience.viewers.get(party) != viewers:
             audience.viewers[party] = viewers
             self._change(topic, audience)
@@ -65,6 +69,8 @@ class Audiences(Generic[Party]):
             return
         audience.is_changed = False
         viewers = sum(audience.viewers.values())
-        pause_s = max(PRESENCE_MS, viewers) / SECOND_MS
-        audience.timer = asyncio.get_running_loop().call_later(pause_s, self._say, topic, audience)
+        self._be_silent(topic, audience, max(PRESENCE_MS, viewers))
         self._tell(topic, list(audience.viewers), viewers)
+
+    def _be_silent(self, topic: UUID, audience: _Audience[Party], pause_ms: int) -> None:
+        audience.timer = asyncio.get_running_loop().call_later(pause_ms / SECOND_MS, self._say, topic, audience)

@@ -67,23 +67,29 @@ SOCKET_WRITE_BYTES_MAX = 1024 * 1024
 SOCKETS_MAX = 50_000
 """Sockets of one gateway, where it may open that many files."""
 FILES_RESERVED = 1_024
-"""Files that a gateway keeps for all else: links, logs, Postgres, HTTP."""
+"""Files that a gateway keeps for all else: links, logs, Postgres, HTTP, and sockets that are refused or closing."""
 SOCKET_BEHIND_BYTES = 64 * 1024
 """With more unread a socket is behind: until it has read on, what happens in its topics is folded for it."""
 SOCKET_KERNEL_BYTES = 64 * 1024
 """So much of what a client has not read the kernel is asked to hold, beside our own buffer."""
+SOCKET_BEHIND_MS_MAX = 30 * SECOND_MS
+"""A socket that is behind for longer is closed as too slow: its unread bytes are memory."""
 SOCKETS_PER_SLICE = 100
-"""A broadcast is written to so many sockets in one go, so that acknowledgements pass between its slices."""
+"""Broadcasts are written to so many sockets in one go, so that acknowledgements pass between the slices."""
 
 # Topics at a gateway
 TICK_MS = 20
 """The broadcasts of one topic begin at least so far apart."""
 TOPIC_EVENTS_BYTES_MAX = 64 * 1024
 """Of each topic's last events so much is remembered, for those who come back."""
+TOPICS_EVENTS_BYTES_MAX = 256 * MEBIBYTE
+"""Of all topics' together; those without news for longest forget theirs first."""
 TOPIC_KEPT_BYTES_MAX = 64 * 1024
 """Of the events that folding never drops so much is remembered, for those who are behind."""
 WATCH_VIEWERS_MAX = 1_000
 """So many people's standings are asked for at once; who comes after them goes with the next request."""
+WATCHES_AT_ONCE = 64
+"""Topics that a gateway asks a shard for at the same time."""
 PRESENCE_MS = 1 * SECOND_MS
 """Viewers are counted, and their number is told, at most so often."""
 
@@ -111,8 +117,8 @@ LINK_BATCH_MAX = 64
 LINK_IN_FLIGHT_MAX = 8_192
 """Requests that a gateway has with a shard, or keeps for one that is away."""
 LINK_LINE_MAX = 512
-"""So many of these, and a bid is `busy`. Two shards on one slow core do as many each in 0.06 s, so that a bid that is
-taken waits hardly longer; and only after a pause of 0.1 s is any of 5,000 bids a second refused."""
+"""So many bids among these, and one more is `busy`. Two shards on one slow core do as many each in 0.06 s, so that a
+bid that is taken waits hardly longer; and only after a pause of 0.1 s is any of 5,000 bids a second refused."""
 LINK_OUTPUT_BYTES = 1024 * 1024
 """About so much a shard puts into one frame."""
 LINK_FOLD_BYTES = 4 * 1024 * 1024
@@ -197,11 +203,15 @@ assert LINK_BATCH_MAX * WATCH_VIEWERS_MAX * 20 <= LINK_FRAME_BYTES_MAX
 # One frame with answers does not make a gateway one that is behind, nor one frame to a socket one that is too slow.
 assert LINK_OUTPUT_BYTES < LINK_FOLD_BYTES < LINK_WRITE_BYTES_MAX
 assert SOCKET_BEHIND_BYTES < SOCKET_WRITE_BYTES_MAX
+assert TOPIC_EVENTS_BYTES_MAX < TOPICS_EVENTS_BYTES_MAX
 assert TOPIC_EVENTS_BYTES_MAX + TOPIC_KEPT_BYTES_MAX < SOCKET_WRITE_BYTES_MAX
 assert FOLLOWED_MAX >= SOCKETS_MAX
 assert FOLLOWED_AT_ONCE * 32 <= FRAME_BYTES_MAX
-# What is looked up leaves room for bids.
-assert STANDINGS_MAX * LOOKUPS_AT_ONCE < LINK_LINE_MAX < WAKING_MAX
+# Watching takes part of what a shard wakes at the same time; and all the answers fit into what a link holds.
+assert WATCHES_AT_ONCE < WAKING_MAX
+assert WATCHES_AT_ONCE * RESUME_EVENTS_MAX * 1_024 <= LINK_WRITE_BYTES_MAX
+# Bids for auctions that all sleep wake them.
+assert LINK_LINE_MAX < WAKING_MAX
 assert LINK_PING_MS * 2 < LINK_DEAD_MS
 assert ALIVE_MS * 2 <= OUTAGE_MS < OWNER_SILENT_MS
 assert SOFT_CLOSE_EXTENSION_MS_MAX <= SOFT_CLOSE_TOTAL_MS_MAX

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import asyncpg
 
 from actors.bootstrap import Host
+from actors.clock import Clock
 from actors.directory import Directory, Owner
 from actors.link import Link
 from gateway.catalogue.auctions import list_joined
@@ -22,7 +23,7 @@ class Parts(NamedTuple):
     people: People
 
 
-async def connect(host: Host, name: str, pool: asyncpg.Pool) -> Parts:
+async def connect(host: Host, name: str, pool: asyncpg.Pool, clock: Clock) -> Parts:
     """Link the gateway `name` to every shard. Returns when all of them can be reached."""
     directory = Directory(pool)
 
@@ -48,7 +49,7 @@ async def connect(host: Host, name: str, pool: asyncpg.Pool) -> Parts:
 
     router = Router(await directory.slots())
     fanout = Fanout(router)
-    people = People(router, partial(list_joined, pool))
+    people = People(router, partial(list_joined, pool), clock)
     router.connect({owner.shard: link(owner.shard) for owner in await directory.owners()})
     await router.opened()
     return Parts(router, fanout, people)

@@ -5,25 +5,32 @@ the `seq` of its own `subscribed` on. When a link was broken, each of its topics
 that came, so that no socket has a gap.
 
 Of each topic at most one question is on its way to the shard. Whoever comes meanwhile waits, and all of them go
-together with the next one.
+together with the next one. Of a shard's topics only so many are asked for at once; the others stand in a line.
 """
 
 import asyncio
 import logging
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol
 from uuid import UUID
 
 from actors.messages import Answer, Payload, Presence, Published, Unsubscribe, Viewers, Watch, Watched
-from engine.limits import RESUME_EVENTS_MAX, SECOND_MS, SOCKETS_PER_SLICE, TICK_MS, WATCH_VIEWERS_MAX
-from engine.rejections import UNAVAILABLE, Rejection
-from gateway.topic import Memory, Run
+from engine.limits import (
+    BUSY_RETRY_MS,
+    COMMAND_TIMEOUT_MS,
+    RESUME_EVENTS_MAX,
+    SECOND_MS,
+    TICK_MS,
+    WATCH_VIEWERS_MAX,
+    WATCHES_AT_ONCE,
+)
+from engine.rejections import INTERNAL, UNAVAILABLE, Rejection
+from gateway.slices import Slices
+from gateway.topic import Memories, Memory, Run
 from gateway.wire import Subscribed, encode_presence
 
 logger = logging.getLogger(__name__)
-
-Item = TypeVar("Item")
 
 
 class Sink(Protocol):
@@ -72,18 +79,30 @@ class _Newcomer:
 class _Question:
     """A question on its way to the shard, and for whom it is asked."""
 
-    __slots__ = ("newcomers", "viewers")
+    __slots__ = ("newcomers", "topic", "viewers")
 
-    def __init__(self, newcomers: list[_Newcomer], viewers: list[UUID]) -> None:
+    def __init__(self, topic: "_Topic", newcomers: list[_Newcomer], viewers: list[UUID]) -> None:
+        self.topic = topic
         self.newcomers = newcomers
         self.viewers = viewers
+
+
+class _Questions:
+    """The questions to one shard: a whole house at once would be more than it reads, and than its link holds."""
+
+    def __init__(self) -> None:
+        self.on_their_way: dict[_Question, None] = {}
+        self.line: dict[_Topic, float] = {}
+        """Topics that are to be asked for, in order, and since when, by the loop's clock."""
 
 
 class _Topic:
     """What is known of one topic at this gateway."""
 
-    def __init__(self, topic_id: UUID) -> None:
+    def __init__(self, topic_id: UUID, questions: _Questions) -> None:
         self.id = topic_id
+        self.questions = questions
+        """Those to its shard."""
         self.memory: Memory | None = None
         """What came on the link; None before the first answer."""
         self.is_incomplete = False
@@ -93,8 +112,10 @@ class _Topic:
         self.newcomers: dict[Sink, list[_Newcomer]] = {}
         """Sockets with subscriptions that are wanted, and not answered yet."""
         self.question: _Question | None = None
+        self.retry: asyncio.TimerHandle | None = None
+        """Set while the shard, which had no room for the last question, is left alone."""
         self.line: deque[_Newcomer] = deque()
-        """Who waits for the next question. Empty, unless a question is on its way."""
+        """Who waits for the next question. Empty, unless one is on its way, in the line, or tried again later."""
         self.cast_seq = 0
         """Up to here the sockets have been written to, or are just now."""
         self.cast_at = 0.0
@@ -103,6 +124,8 @@ class _Topic:
         """A broadcast is being written, or waits for its tick."""
         self.viewers: int | None = None
         """On all gateways, as the shard said last."""
+        self.untold: dict[Sink, None] = {}
+        """Sockets that watch and were not told this number."""
         self.counted: int | None = None
         """How many of them are here, as the shard was told last."""
 
@@ -114,8 +137,14 @@ class Fanout:
         self._shards = shards
         self._topics: dict[UUID, _Topic] = {}
         self._topics_by_sink: dict[Sink, set[UUID]] = {}
+        self._questions: defaultdict[int, _Questions] = defaultdict(_Questions)
+        """By shard."""
+        self._slices = Slices()
+        self._memories = Memories()
         self._uncounted: set[UUID] = set()
         """Topics whose viewers came or went since the last count."""
+        self._untold: set[UUID] = set()
+        """Topics of which somebody is to be told at the next tick how many watch."""
 
     # What sockets ask for
 
@@ -130,7 +159,7 @@ class Fanout:
         """Let a socket watch. `on_subscribed` is called before the first event is sent to it."""
         topic = self._topics.get(topic_id)
         if topic is None:
-            topic = self._topics[topic_id] = _Topic(topic_id)
+            topic = self._topics[topic_id] = _Topic(topic_id, self._questions[self._shards.shard_of(topic_id)])
         newcomer = _Newcomer(sink, viewer, since, on_subscribed)
         topic.newcomers.setdefault(sink, []).append(newcomer)
         self._topics_by_sink.setdefault(sink, set()).add(topic_id)
@@ -150,10 +179,12 @@ class Fanout:
     def catch_up(self, sink: Sink) -> None:
         """A socket that was behind has read on: send what it missed, folded."""
         for topic_id in self._topics_by_sink.get(sink, set()).copy():
+            # What it is sent may make it one that is behind again, or close it.
+            if sink.is_behind or sink not in self._topics_by_sink:
+                return
             topic = self._topics[topic_id]
             sent = topic.sinks.get(sink)
-            if sent is not None and not sink.is_behind:
-                _send_viewers(topic, sink)
+            if sent is not None:
                 _send_rest(topic, sink, sent)
 
     # What comes from the shards
@@ -173,41 +204,68 @@ class Fanout:
             self._cast(topic)
 
     def presence(self, presence: Presence) -> None:
-        """The number of a topic's viewers came on a link."""
+        """The number of a topic's viewers came on a link: all are told at the next tick."""
         topic = self._topics.get(presence.topic)
-        if topic is None:
-            return
-        topic.viewers = presence.viewers
-        frame = encode_presence(topic.id, presence.viewers)
-
-        def tell(sink: Sink) -> None:
-            if sink in topic.sinks and not sink.is_behind:
-                sink.send(frame)
-
-        _in_slices(list(topic.sinks), tell)
+        if topic is not None:
+            if presence.viewers != topic.viewers:
+                topic.viewers = presence.viewers
+                topic.untold = dict.fromkeys(topic.sinks)
+            self._untold.add(topic.id)
 
     def resubscribe(self, shard: int) -> None:
-        """A link has opened again: ask for what was missed of each topic that it serves."""
+        """A link has opened again: ask for what was missed of each topic that it serves, and what was not answered."""
+        questions = self._questions[shard]
+        lost, questions.on_their_way = questions.on_their_way, {}
         for topic in list(self._topics.values()):
-            if topic.memory is not None and self._shards.shard_of(topic.id) == shard:
+            if topic.questions is questions and topic.memory is not None:
                 self._ask_anew(topic)
+        for question in lost:
+            topic = question.topic
+            if topic.question is question:
+                # Of a topic that is not known yet, or that everybody has left: its newcomers are told.
+                _put_back(topic)
+                self._ask(topic)
 
     # What comes with time
 
     def tick(self) -> None:
-        """Report how many watch here, where that has changed; to be called about once a second."""
+        """Report how many watch here, and tell how many do in all, where that has changed; about once a second."""
         uncounted, self._uncounted = self._uncounted, set()
         for topic_id in uncounted:
             topic = self._topics.get(topic_id)
             # Of others the shard would not take it; they are counted once it has answered.
-            if topic is not None and topic.memory is not None and not topic.is_incomplete:
-                self._count(topic)
+            if topic is not None and topic.memory is not None and not topic.is_incomplete and not self._count(topic):
+                # No other number comes for it that newcomers could wait for.
+                self._untold.add(topic_id)
+        untold, self._untold = self._untold, set()
+        for topic_id in untold & self._topics.keys():
+            self._tell_viewers(self._topics[topic_id])
+        for questions in self._questions.values():
+            self._refuse_late(questions)
 
-    def _count(self, topic: _Topic) -> None:
+    def _count(self, topic: _Topic) -> bool:
+        """Report a topic's viewers here, if their number has changed; whether it has."""
         viewers = len(topic.sinks)
-        if viewers != topic.counted:
-            topic.counted = viewers
-            self._shards.submit(Viewers(topic.id, viewers), _ignore)
+        if viewers == topic.counted:
+            return False
+        topic.counted = viewers
+        self._shards.submit(Viewers(topic.id, viewers), _ignore)
+        return True
+
+    def _tell_viewers(self, topic: _Topic) -> None:
+        viewers = topic.viewers
+        if viewers is None:
+            return
+        frame = encode_presence(topic.id, viewers)
+
+        def tell(sink: Sink) -> None:
+            if sink.is_behind:
+                self._untold.add(topic.id)
+            elif sink in topic.untold and topic.viewers == viewers:
+                del topic.untold[sink]
+                sink.send(frame)
+
+        self._slices.run(list(topic.untold), tell)
 
     # Asking the shards
 
@@ -220,19 +278,35 @@ class Fanout:
             self._tell(topic, newcomer, UNAVAILABLE)
         else:
             topic.line.append(newcomer)
-            if topic.question is None:
+            if topic.question is None and topic.retry is None:
                 self._ask(topic)
 
     def _ask_anew(self, topic: _Topic) -> None:
         """Ask for all that came after the last event that did."""
         topic.is_incomplete = True
         topic.counted = None
-        if topic.question is not None:
-            # Its answer, if it comes, is not waited for any more.
-            topic.line.extendleft(reversed(topic.question.newcomers))
+        _put_back(topic)
         self._ask(topic)
 
     def _ask(self, topic: _Topic) -> None:
+        """Ask as soon as it is this topic's turn."""
+        if topic.retry is not None:
+            topic.retry.cancel()
+            topic.retry = None
+        topic.questions.line.setdefault(topic, asyncio.get_running_loop().time())
+        self._ask_next(topic.questions)
+
+    def _ask_next(self, questions: _Questions) -> None:
+        """Ask for as many topics as may be asked for at once."""
+        while questions.line and len(questions.on_their_way) < WATCHES_AT_ONCE:
+            topic = next(iter(questions.line))
+            del questions.line[topic]
+            if self._topics.get(topic.id) is topic:
+                self._ask_now(topic)
+            else:
+                self._refuse_line(topic, UNAVAILABLE)
+
+    def _ask_now(self, topic: _Topic) -> None:
         """Ask for all who wait, and for what the topic itself has missed."""
         newcomers: list[_Newcomer] = []
         viewers: dict[UUID, None] = {}
@@ -241,24 +315,53 @@ class Fanout:
             newcomers.append(newcomer)
             if newcomer.viewer is not None:
                 viewers[newcomer.viewer] = None
-        question = topic.question = _Question(newcomers, list(viewers))
+        question = topic.question = _Question(topic, newcomers, list(viewers))
+        topic.questions.on_their_way[question] = None
         watch = Watch(topic.id, _since(topic, newcomers), question.viewers)
         self._shards.submit(watch, lambda answer: self._answered(topic, question, answer))
 
     def _answered(self, topic: _Topic, question: _Question, answer: Answer) -> None:
         assert isinstance(answer, Watched | Rejection)
-        if topic.question is not question:
-            return
-        topic.question = None
+        topic.questions.on_their_way.pop(question, None)
+        if topic.question is question:
+            topic.question = None
+            if isinstance(answer, Rejection):
+                self._refused(topic, question, answer)
+            else:
+                self._watched(topic, question, answer)
+        self._ask_next(topic.questions)
+
+    def _refused(self, topic: _Topic, question: _Question, refusal: Rejection) -> None:
+        """Tell all who wait. Whoever watches already waits on, unless there is nothing to wait for."""
+        if topic.is_incomplete and refusal.is_transient and refusal.code != INTERNAL.code:
+            pause_ms = refusal.retry_after_ms or BUSY_RETRY_MS
+            topic.retry = asyncio.get_running_loop().call_later(pause_ms / SECOND_MS, self._ask, topic)
+        elif topic.is_incomplete:
+            # Nothing more would come on this link: silence would look like an auction without bids.
+            _forget(topic)
+            topic.is_incomplete = False
+            self._give_up(topic)
+        topic.line.extendleft(reversed(question.newcomers))
+        self._refuse_line(topic, refusal)
+
+    def _refuse_line(self, topic: _Topic, refusal: Rejection) -> None:
         waiting = list(topic.line)
         topic.line.clear()
-        if isinstance(answer, Rejection):
-            if topic.is_incomplete:
-                # Nothing more would come on this link: silence would look like an auction without bids.
-                topic.memory, topic.is_incomplete = None, False
-                _give_up(topic)
-            _in_slices(question.newcomers + waiting, lambda newcomer: self._tell(topic, newcomer, answer))
-            return
+        self._slices.run(waiting, lambda newcomer: self._tell(topic, newcomer, refusal))
+
+    def _refuse_late(self, questions: _Questions) -> None:
+        """Tell those whose turn does not come: the shard is away, and with it all that were asked before them."""
+        late = asyncio.get_running_loop().time() - COMMAND_TIMEOUT_MS / SECOND_MS
+        for topic, since in list(questions.line.items()):
+            if since > late:
+                break
+            self._refuse_line(topic, UNAVAILABLE)
+            if not topic.is_incomplete or self._topics.get(topic.id) is not topic:
+                del questions.line[topic]
+
+    def _watched(self, topic: _Topic, question: _Question, answer: Watched) -> None:
+        waiting = list(topic.line)
+        topic.line.clear()
         if self._topics.get(topic.id) is topic:
             self._take_up(topic, answer)
             # Guests may find what they want in memory now; how the others stand only the shard knows.
@@ -270,8 +373,8 @@ class Fanout:
             # Everybody had left before this was answered.
             self._shards.submit(Unsubscribe(topic.id), _ignore)
         reception = _Reception(answer, question.viewers)
-        _in_slices(question.newcomers, lambda newcomer: self._tell(topic, newcomer, reception.answer(newcomer)))
-        _in_slices(waiting, lambda newcomer: self._admit(topic, newcomer))
+        self._slices.run(question.newcomers, lambda newcomer: self._tell(topic, newcomer, reception.answer(newcomer)))
+        self._slices.run(waiting, lambda newcomer: self._admit(topic, newcomer))
 
     def _take_up(self, topic: _Topic, watched: Watched) -> None:
         """All of the topic's events up to this came before it on the link, or are in it, or nobody can tell them."""
@@ -281,10 +384,10 @@ class Fanout:
             if topic.memory.seq > topic.cast_seq:
                 self._cast(topic)
             return
-        topic.memory = Memory(topic.id, watched)
+        _forget(topic)
+        topic.memory = Memory(topic.id, watched, self._memories)
         topic.cast_seq = watched.seq
-        # More was missed than the shard can tell: each client asks for its own part.
-        _give_up(topic)
+        self._give_up(topic)
 
     def _tell(self, topic: _Topic, newcomer: _Newcomer, answer: Subscribed | Rejection) -> None:
         """Answer a subscription; from here on its socket is sent what comes."""
@@ -300,9 +403,10 @@ class Fanout:
         if not topic.newcomers[sink]:
             del topic.newcomers[sink]
         if isinstance(answer, Subscribed):
+            if sink not in topic.sinks:
+                topic.untold[sink] = None
+                self._uncounted.add(topic.id)
             topic.sinks[sink] = answer.seq
-            self._uncounted.add(topic.id)
-            _send_viewers(topic, sink)
             _send_rest(topic, sink, answer.seq)
         elif sink not in topic.sinks and sink not in topic.newcomers:
             self._leave(topic, sink)
@@ -310,6 +414,7 @@ class Fanout:
     def _leave(self, topic: _Topic, sink: Sink) -> None:
         for newcomer in topic.newcomers.pop(sink, ()):
             newcomer.is_wanted = False
+        topic.untold.pop(sink, None)
         if topic.sinks.pop(sink, None) is not None:
             self._uncounted.add(topic.id)
         topics = self._topics_by_sink.get(sink)
@@ -319,7 +424,17 @@ class Fanout:
                 del self._topics_by_sink[sink]
         if not topic.newcomers and not topic.sinks:
             del self._topics[topic.id]
+            _forget(topic)
             self._shards.submit(Unsubscribe(topic.id), _ignore)
+
+    def _give_up(self, topic: _Topic) -> None:
+        """Nobody can tell those who watch what they miss: each comes back and asks for its own part."""
+
+        def close(sink: Sink) -> None:
+            if sink in topic.sinks:
+                sink.close_as_too_slow()
+
+        self._slices.run(list(topic.sinks), close)
 
     # Broadcasts
 
@@ -350,7 +465,7 @@ class Fanout:
             if topic.memory is not None and topic.memory.seq > topic.cast_seq:
                 self._cast(topic)
 
-        _in_slices(list(topic.sinks), cast.send, done)
+        self._slices.run(list(topic.sinks), cast.send, done)
 
 
 class _Cast(NamedTuple):
@@ -413,6 +528,19 @@ def _recall(topic: _Topic, since: int | None) -> Subscribed | None:
     return Subscribed(memory.seq, None, snapshot, None)
 
 
+def _forget(topic: _Topic) -> None:
+    if topic.memory is not None:
+        topic.memory.forget()
+        topic.memory = None
+
+
+def _put_back(topic: _Topic) -> None:
+    """Have those wait for the next question for whom one was asked that is not answered any more."""
+    if topic.question is not None:
+        topic.line.extendleft(reversed(topic.question.newcomers))
+        topic.question = None
+
+
 def _since(topic: _Topic, newcomers: list[_Newcomer]) -> int | None:
     """After what the shard is to tell all: the least that somebody wants who can have it."""
     wanted = [newcomer.since for newcomer in newcomers if newcomer.since is not None]
@@ -438,29 +566,6 @@ def _send_rest(topic: _Topic, sink: Sink, sent: int) -> None:
     else:
         topic.sinks[sink] = last
         sink.send(frame)
-
-
-def _send_viewers(topic: _Topic, sink: Sink) -> None:
-    if topic.viewers is not None:
-        sink.send(encode_presence(topic.id, topic.viewers))
-
-
-def _give_up(topic: _Topic) -> None:
-    for sink in list(topic.sinks):
-        sink.close_as_too_slow()
-
-
-def _in_slices(
-    items: Sequence[Item], act: Callable[[Item], None], done: Callable[[], None] | None = None, start: int = 0
-) -> None:
-    """Do something with each, in slices, so that other work passes in between; the first slice at once."""
-    end = start + SOCKETS_PER_SLICE
-    for item in items[start:end]:
-        act(item)
-    if end < len(items):
-        asyncio.get_running_loop().call_soon(_in_slices, items, act, done, end)
-    elif done is not None:
-        done()
 
 
 def _ignore(_answer: Answer) -> None:

@@ -24,9 +24,9 @@ from gateway.bootstrap import connect
 from gateway.fanout import Fanout
 from gateway.people import People
 from gateway.rates import Rates, networks
-from gateway.room import Memory, memory_share_bytes, raise_file_limit, sockets_for
+from gateway.room import MemoryGauge, connections_for, memory_share_bytes, raise_file_limit, sockets_for
 from gateway.router import Router
-from gateway.socket import HttpProtocol, Sockets, make_protocol
+from gateway.socket import Sockets, make_http_protocol, make_protocol
 from gateway.tokens import Verifier
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class RunningGateway:
         self._pool = pool
         self._clock = clock
         self._sockets: Sockets
-        self._memory: Memory
+        self._memory: MemoryGauge
         self._router: Router
         self._fanout: Fanout
         self._people: People
@@ -69,10 +69,11 @@ class RunningGateway:
 
     async def serve(self, door: Door) -> None:
         """Open the links and the port; return when bids can be placed."""
-        self._router, self._fanout, self._people = await connect(self._host, self._name, self._pool)
+        self._router, self._fanout, self._people = await connect(self._host, self._name, self._pool, self._clock)
         verifier = Verifier(door.public_key)
         rates = Rates(networks(door.raised_addresses))
-        self._sockets = self._make_room(door, rates)
+        files = raise_file_limit()
+        self._sockets = self._make_room(door, rates, files)
         edge = Edge(
             router=self._router,
             verifier=verifier,
@@ -84,7 +85,7 @@ class RunningGateway:
         config = uvicorn.Config(
             create_app(edge),
             ws=make_protocol(self._router, self._fanout, self._people, verifier.verify, self._clock, self._sockets),
-            http=HttpProtocol,
+            http=make_http_protocol(connections_for(files)),
             lifespan="off",
             log_config=None,
             access_log=False,
@@ -123,12 +124,11 @@ class RunningGateway:
         await self._router.close()
         await self._pool.close()
 
-    def _make_room(self, door: Door, rates: Rates) -> Sockets:
+    def _make_room(self, door: Door, rates: Rates, files: int) -> Sockets:
         """Find out how many sockets there is room for, and say so."""
-        files = raise_file_limit()
         sockets = Sockets(sockets_for(files), rates)
         bytes_max = door.memory_bytes_max or memory_share_bytes(door.gateways)
-        self._memory = Memory(bytes_max)
+        self._memory = MemoryGauge(bytes_max)
         logger.info(
             "%s may open %d files: there is room for %d sockets, in up to %d MiB",
             self._name,

@@ -7,13 +7,14 @@ meanwhile is told as the notice that would have told it.
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Coroutine
 from functools import partial
-from typing import Protocol
+from typing import Final, Protocol
 from uuid import UUID
 
 from actors.messages import Answer, AuctionView, Follow, Followed, GetAuction, Noticed, Payload, Unfollow
-from engine.limits import FOLLOWED_AT_ONCE, LOOKUP_RETRY_MS, LOOKUPS_AT_ONCE, SECOND_MS, STANDINGS_MAX
+from engine.limits import FOLLOWED_AT_ONCE, LOOKUP_RETRY_MS, LOOKUPS_AT_ONCE, SECOND_MS, STANDINGS_MAX, STANDINGS_MS
 from engine.notices import NoticeKind
 from engine.rejections import INTERNAL, UNAVAILABLE, Rejection
 from gateway.catalogue import CatalogueUnavailable
@@ -21,6 +22,8 @@ from gateway.fanout import Sink
 from gateway.wire import Standing, encode_notice
 
 logger = logging.getLogger(__name__)
+
+_OVER: Final = ("ended", "cancelled")
 
 OnSubscribed = Callable[[list[Standing] | Rejection], None]
 
@@ -34,6 +37,9 @@ class Shards(Protocol):
 
     def shard_of(self, entity_id: UUID) -> int:
         """The shard that serves this entity."""
+
+    def unreachable(self) -> Collection[int]:
+        """Those that cannot be reached at this moment."""
 
     def submit_to(self, shard: int, payload: Follow | Unfollow, on_answer: Callable[[Answer], None]) -> None:
         """Send one shard what is about no auction."""
@@ -63,8 +69,8 @@ class _Person:
         """Subscriptions that are not answered yet."""
         self.sinks: dict[Sink, None] = {}
         """The sockets that are sent its notices."""
-        self.standings: dict[UUID, tuple[int, Standing]] = {}
-        """How it stands in each of its auctions, and since which `seq` at the latest that is known."""
+        self.standings: dict[UUID, tuple[int, int, Standing]] = {}
+        """How it stands in each of its auctions, and since which `seq`, and which moment, at the latest."""
         self.is_known = False
         """Whether all its standings were read."""
 
@@ -72,16 +78,22 @@ class _Person:
 class People:
     """The users with a socket here that asked for the topic `me`.
 
-    `list_joined` says in which auctions a user bids, or raises `CatalogueUnavailable`.
+    `list_joined` says in which auctions a user bids, or raises `CatalogueUnavailable`. `clock` gives milliseconds since
+    the epoch.
     """
 
-    def __init__(self, shards: Shards, list_joined: Callable[[UUID], Awaitable[list[UUID]]]) -> None:
+    def __init__(
+        self, shards: Shards, list_joined: Callable[[UUID], Awaitable[list[UUID]]], clock: Callable[[], int]
+    ) -> None:
         self._shards = shards
         self._list_joined = list_joined
+        self._clock = clock
         self._people: dict[UUID, _Person] = {}
         self._user_by_sink: dict[Sink, UUID] = {}
         self._missed: dict[UUID, set[int]] = {}
         """Whose notices may have been missed, of which shards, in the order in which that is looked into."""
+        self._openings: Counter[int] = Counter()
+        """How often each shard's link has opened."""
         self._newcomers: list[UUID] = []
         self._following = asyncio.Lock()
         self._followed: dict[UUID, Answer] = {}
@@ -96,7 +108,7 @@ class People:
         self._user_by_sink[sink] = user
         if person is not None and person.is_known:
             person.sinks[sink] = None
-            on_subscribed(_standings(person))
+            on_subscribed(_standings(person, self._clock()))
             return
         if person is None:
             person = self._people[user] = _Person()
@@ -134,14 +146,8 @@ class People:
 
     def follow_again(self, shard: int) -> None:
         """A link has opened again: follow everybody there, and find out what was missed."""
-
-        def followed(users: list[UUID], answer: Answer) -> None:
-            # If it was not done, the link has broken once more, and will open once more.
-            if isinstance(answer, Followed):
-                self._catch_up_with(users, shard)
-
-        for follow in _follows(list(self._people)):
-            self._shards.submit_to(shard, follow, partial(followed, follow.users))
+        self._openings[shard] += 1
+        self._follow_at(shard, list(self._people))
 
     async def close(self) -> None:
         """Give up what is being looked up."""
@@ -172,27 +178,28 @@ class People:
         All who come while others are being followed are followed together: bids should find room on the links, whoever
         comes back at once.
         """
+        self._expect_reachable(self._shards.shards)
         self._newcomers.append(user)
         async with self._following:
             if user not in self._followed:
                 newcomers, self._newcomers = self._newcomers, []
-                answers = await asyncio.gather(
-                    *(
-                        self._shards.ask_shard(shard, follow)
-                        for follow in _follows(newcomers)
-                        for shard in self._shards.shards
-                    )
-                )
-                worst = next((answer for answer in answers if not isinstance(answer, Followed)), Followed())
-                self._followed |= dict.fromkeys(newcomers, worst)
+                self._followed |= dict.fromkeys(newcomers, await self._follow_together(newcomers))
         _expect(self._followed.pop(user), Followed)
+
+    async def _follow_together(self, users: list[UUID]) -> Answer:
+        """Follow users everywhere: the worst of the answers."""
+        if self._shards.unreachable():
+            return UNAVAILABLE
+        answers = await asyncio.gather(
+            *(self._shards.ask_shard(shard, follow) for follow in _follows(users) for shard in self._shards.shards)
+        )
+        return next((answer for answer in answers if not isinstance(answer, Followed)), Followed())
 
     def _answer(self, user: UUID, person: _Person) -> None:
         person.is_known = True
         waiting, person.waiting = person.waiting, {}
         person.sinks = dict.fromkeys(waiting)
-        for on_subscribed in waiting.values():
-            on_subscribed(_standings(person))
+        _tell(waiting, _standings(person, self._clock()))
         self._leave(user, person)
 
     def _refuse(self, user: UUID, person: _Person, refusal: Rejection) -> None:
@@ -200,12 +207,11 @@ class People:
         self._unfollow(user)
         for sink in person.waiting:
             del self._user_by_sink[sink]
-        for on_subscribed in person.waiting.values():
-            on_subscribed(refusal)
+        _tell(person.waiting, refusal)
 
     def _leave(self, user: UUID, person: _Person) -> None:
         """Forget a user whom nobody asks for any more, though not while it is being got to know."""
-        if person.is_known and not person.sinks:
+        if person.is_known and not person.sinks and self._people.get(user) is person:
             del self._people[user]
             self._unfollow(user)
 
@@ -217,6 +223,7 @@ class People:
 
     async def _look_up(self, user: UUID, person: _Person, shards: Collection[int]) -> None:
         """Bring a user's standings at some shards up to date, and tell what changed. Raises `_Refused`."""
+        self._expect_reachable(shards)
         try:
             auctions = await self._list_joined(user)
         except CatalogueUnavailable:
@@ -230,11 +237,16 @@ class People:
                 # One that cannot be read is out of service alone.
                 _expect(answer, AuctionView)
 
+    def _expect_reachable(self, shards: Collection[int]) -> None:
+        """Raise `_Refused` where one would wait for a shard that is away: whoever comes later would wait, too."""
+        if any(shard in shards for shard in self._shards.unreachable()):
+            raise _Refused(UNAVAILABLE)
+
     def _update(self, user: UUID, person: _Person, view: AuctionView) -> None:
         """An auction as it is now: to those who know how it was, what changed is news."""
         assert view.you is not None, "it was listed for its bidder"
         known = person.standings.get(view.snapshot.auction)
-        kind = _change(None if known is None else known[1], view)
+        kind = _change(None if known is None else known[2], view)
         found = Noticed(
             user=user,
             auction=view.snapshot.auction,
@@ -254,6 +266,23 @@ class People:
             _keep(person, found)
 
     # What was missed
+
+    def _follow_at(self, shard: int, users: list[UUID]) -> None:
+        opening = self._openings[shard]
+
+        def followed(users: list[UUID], answer: Answer) -> None:
+            self._catch_up_with(users, shard)
+            if not isinstance(answer, Followed):
+                self._run(self._follow_later(shard, opening, users))
+
+        for follow in _follows(users):
+            self._shards.submit_to(shard, follow, partial(followed, follow.users))
+
+    async def _follow_later(self, shard: int, opening: int, users: list[UUID]) -> None:
+        """Ask once more for what was refused, unless the link has opened again: then everybody was followed anew."""
+        await asyncio.sleep(LOOKUP_RETRY_MS / SECOND_MS)
+        if opening == self._openings[shard]:
+            self._follow_at(shard, [user for user in users if user in self._people])
 
     def _catch_up_with(self, users: Collection[UUID], shard: int) -> None:
         for user in users:
@@ -293,6 +322,15 @@ class People:
         task.add_done_callback(self._tasks.discard)
 
 
+def _tell(waiting: dict[Sink, OnSubscribed], answer: list[Standing] | Rejection) -> None:
+    for on_subscribed in waiting.values():
+        try:
+            on_subscribed(answer)
+        except Exception:
+            # One client's trouble is not another's.
+            logger.exception("a subscription could not be answered")
+
+
 def _follows(users: list[UUID]) -> list[Follow]:
     return [Follow(users[first : first + FOLLOWED_AT_ONCE]) for first in range(0, len(users), FOLLOWED_AT_ONCE)]
 
@@ -319,14 +357,19 @@ def _keep(person: _Person, noticed: Noticed) -> None:
         is_leading=noticed.you.is_leading,
         status=noticed.status,
     )
-    person.standings[noticed.auction] = noticed.seq, standing
+    person.standings[noticed.auction] = noticed.seq, noticed.at, standing
     if len(person.standings) > STANDINGS_MAX:
-        over = (auction for auction, (_, one) in person.standings.items() if one.status in ("ended", "cancelled"))
+        over = (auction for auction, (_, _, one) in person.standings.items() if one.status in _OVER)
         del person.standings[next(over, next(iter(person.standings)))]
 
 
-def _standings(person: _Person) -> list[Standing]:
-    return [standing for _, standing in person.standings.values()]
+def _standings(person: _Person, now: int) -> list[Standing]:
+    """How somebody stands, without what has been over for long; that is still known, so that it is not told again."""
+    return [
+        standing
+        for _, at, standing in person.standings.values()
+        if standing.status not in _OVER or now - at <= STANDINGS_MS
+    ]
 
 
 def _expect(answer: Answer, kind: type[Answer]) -> None:

@@ -5,7 +5,7 @@ so that the tables hold only who was here just now. Pure: `now` is always millis
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Final
@@ -146,9 +146,9 @@ class Visit:
             return 0
         return self._messages.take(now) or self._rates._messages.take(self.site, now)
 
-    def bid(self, user: UUID, clock: Callable[[], int]) -> int:
+    def bid(self, user: UUID, now: int) -> int:
         """Count a bid, over all connections of its user: 0, or the milliseconds to wait."""
-        return 0 if self.site is None else self._rates._bids.take(user, clock())
+        return 0 if self.site is None else self._rates._bids.take(user, now)
 
 
 def _site(address: str, raised: Networks) -> str | None:

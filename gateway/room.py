@@ -42,6 +42,14 @@ def sockets_for(files: int) -> int:
     return min(SOCKETS_MAX, files - min(FILES_RESERVED, files // 2))
 
 
+def connections_for(files: int) -> int:
+    """How many connections such a gateway keeps: its sockets, and half of the rest for HTTP and those that are ending.
+
+    The other half is for links, logs and Postgres, whatever clients do.
+    """
+    return sockets_for(files) + min(FILES_RESERVED, files // 2) // 2
+
+
 def resident_bytes() -> int:
     """The memory that this process fills."""
     if _STATM.exists():
@@ -56,7 +64,7 @@ def memory_share_bytes(gateways: int) -> int:
     return min([psutil.virtual_memory().total, *sizes]) // 2 // gateways
 
 
-class Memory:
+class MemoryGauge:
     """Whether there is memory for newcomers: not over the bound, and then not until it is a tenth under it."""
 
     def __init__(self, bytes_max: int, resident: Callable[[], int] = resident_bytes) -> None:

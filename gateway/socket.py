@@ -37,6 +37,7 @@ from engine.limits import (
     HELLO_TIMEOUT_MS,
     SECOND_MS,
     SOCKET_BEHIND_BYTES,
+    SOCKET_BEHIND_MS_MAX,
     SOCKET_WRITE_BYTES_MAX,
     SOCKETS_MAX,
 )
@@ -226,11 +227,13 @@ class ClientSocket(WSListener):
     """One client's socket: carries its session's intents out, and brings it what comes."""
 
     __slots__ = (
+        "_behind_since",
         "_clock",
         "_cut",
         "_fanout",
         "_fragments",
         "_is_closing",
+        "_is_paused",
         "_people",
         "_rest",
         "_router",
@@ -264,6 +267,9 @@ class ClientSocket(WSListener):
         self._rest: asyncio.TimerHandle | None = None
         self._cut: asyncio.TimerHandle | None = None
         self.is_behind = False
+        self._behind_since: int | None = None
+        self._is_paused = False
+        """Much is unread at this moment, as the transport says."""
 
     # From the gateway
 
@@ -284,7 +290,10 @@ class ClientSocket(WSListener):
 
     def tick(self, now: int) -> None:
         """Do what is due."""
-        self._run(self._session.tick(now))
+        if self._behind_since is not None and now - self._behind_since > SOCKET_BEHIND_MS_MAX:
+            self.close_as_too_slow()
+        else:
+            self._run(self._session.tick(now))
 
     def drain(self) -> None:
         """Close, since this gateway is going away."""
@@ -333,6 +342,8 @@ class ClientSocket(WSListener):
                 if self.is_behind:
                     self._check_budget()
         elif kind == WSMsgType.PONG:
+            # The answers to our pings are few; others nobody asked for.
+            self._count()
             self._session.activity()
         elif kind == WSMsgType.BINARY:
             self._run(self._session.binary_received())
@@ -347,10 +358,14 @@ class ClientSocket(WSListener):
 
     def pause_writing(self) -> None:
         """Much is unread. Broadcasts pass this socket over now; answers go out all the while."""
-        self.is_behind = True
+        self._is_paused = True
+        if not self.is_behind:
+            self.is_behind = True
+            self._behind_since = self._clock()
 
     def resume_writing(self) -> None:
         """The client has read on."""
+        self._is_paused = False
         # Called from within the transport, which is not to be written to from there.
         asyncio.get_running_loop().call_soon(self._catch_up)
 
@@ -358,18 +373,15 @@ class ClientSocket(WSListener):
 
     def _catch_up(self) -> None:
         # It may be behind again: then it resumes again.
-        if not self._is_closing and self._unread_bytes() <= SOCKET_BEHIND_BYTES:
+        if not self._is_closing and not self._is_paused:
             self.is_behind = False
+            self._behind_since = None
             self._fanout.catch_up(self)
 
     def _check_budget(self) -> None:
-        if self._unread_bytes() > SOCKET_WRITE_BYTES_MAX:
+        if self.transport.underlying_transport.get_write_buffer_size() > SOCKET_WRITE_BYTES_MAX:
             # Perhaps in the midst of a broadcast, which should not lose a socket under its hands.
             asyncio.get_running_loop().call_soon(self.close_as_too_slow)
-
-    def _unread_bytes(self) -> int:
-        size: int = self.transport.underlying_transport.get_write_buffer_size()
-        return size
 
     def _send_soon(self, frame: bytes) -> None:
         """Write a short text message together with all else that this socket is sent in this turn of the loop.
@@ -434,7 +446,7 @@ class ClientSocket(WSListener):
                     self._close(intent.code, intent.reason)
 
     def _submit(self, intent: Submit) -> None:
-        if retry_after_ms := self._visit.bid(intent.payload.bidder, self._clock):
+        if retry_after_ms := self._visit.bid(intent.payload.bidder, self._clock()):
             self._answered(intent.pending, rate_limited(retry_after_ms))
         else:
             self._router.submit(intent.payload, partial(self._answered, intent.pending))
@@ -559,12 +571,28 @@ class _QuietLogger(logging.LoggerAdapter[logging.Logger]):
 _LOGGER: Final = _QuietLogger(logger)
 
 
+def make_http_protocol(connections_max: int) -> "type[HttpProtocol]":
+    """Make the class that uvicorn takes as `http=`. Connections over `connections_max`, of all kinds, are cut."""
+
+    class BoundedProtocol(HttpProtocol):
+        pass
+
+    BoundedProtocol.connections_max = connections_max
+    return BoundedProtocol
+
+
 class HttpProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP, with an end to the patience for a request's headers."""
+    """uvicorn's HTTP, with a bound to connections, and an end to the patience for a request's headers."""
+
+    connections_max: int
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # As uvicorn has it.
+        # All are among them: clients' sockets, and those that are refused or closing, too.
+        is_one_too_many = len(self.connections) >= self.connections_max
         super().connection_made(transport)
         self._patience = asyncio.get_running_loop().call_later(HEADERS_TIMEOUT_MS / SECOND_MS, transport.abort)
+        if is_one_too_many:
+            transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._patience.cancel()

@@ -11,7 +11,14 @@ from uuid import UUID
 import msgspec
 
 from actors.messages import Published, Watched
-from engine.limits import RESUME_EVENTS_MAX, TOPIC_EVENTS_BYTES_MAX, TOPIC_KEPT_BYTES_MAX
+from engine.events import KINDS
+from engine.limits import (
+    RESUME_EVENTS_MAX,
+    TOPIC_EVENTS_BYTES_MAX,
+    TOPIC_KEPT_BYTES_MAX,
+    TOPICS_EVENTS_BYTES_MAX,
+)
+from engine.public import KEPT
 from gateway.wire import encode_events, encode_state
 
 
@@ -31,6 +38,27 @@ class Run(NamedTuple):
         return b",".join(_decode_list(b"[" + self.encoded + b"]")[seq + 1 - self.first :])
 
 
+class Memories:
+    """What all topics of a gateway remember of their events, in all so much."""
+
+    def __init__(self) -> None:
+        self._bytes = 0
+        self._bytes_by_memory: dict[Memory, int] = {}
+        """Those without news for longest come first."""
+
+    def grow(self, memory: "Memory", size: int) -> None:
+        """A topic remembers so many bytes now; others may have to forget theirs for it."""
+        self.discard(memory)
+        self._bytes += size
+        self._bytes_by_memory[memory] = size
+        while self._bytes > TOPICS_EVENTS_BYTES_MAX:
+            next(iter(self._bytes_by_memory)).forget()
+
+    def discard(self, memory: "Memory") -> None:
+        """A topic remembers nothing."""
+        self._bytes -= self._bytes_by_memory.pop(memory, 0)
+
+
 class Memory:
     """One topic's state at `seq`, and as much of what led there as fits into the bounds."""
 
@@ -38,6 +66,7 @@ class Memory:
         "_kept",
         "_kept_bytes",
         "_kept_since",
+        "_memories",
         "_recalled",
         "_ring",
         "_ring_bytes",
@@ -47,8 +76,9 @@ class Memory:
         "seq",
     )
 
-    def __init__(self, topic: UUID, watched: Watched) -> None:
+    def __init__(self, topic: UUID, watched: Watched, memories: Memories) -> None:
         self._topic = topic
+        self._memories = memories
         self.seq = watched.seq
         self._snapshot = watched.snapshot
         self._snapshot_seq = watched.seq
@@ -70,10 +100,11 @@ class Memory:
         first, last = published.first, published.last
         assert first == self.seq + 1
         self.seq = last
+        self._recalled = last, last, b""
         if published.snapshot is not None:
             self._snapshot, self._snapshot_seq = published.snapshot, last
         if published.events is None:
-            self._forget()
+            self.forget()
         else:
             self._remember(Run(first, last, published.events))
         self._keep(Run(first, last, published.kept))
@@ -89,11 +120,12 @@ class Memory:
             self._remember(Run(self.seq + 1, watched.seq, missed))
             self._keep(Run(self.seq + 1, watched.seq, _kept_of(missed)))
             self.seq = watched.seq
+            self._recalled = self.seq, self.seq, b""
         if len(run.encoded) <= TOPIC_EVENTS_BYTES_MAX and run.first < (
             self._ring[0].first if self._ring else run.last + 1
         ):
             # More than was remembered: whoever comes next may want as much.
-            self._forget()
+            self.forget()
             self._remember(run)
         return True
 
@@ -127,15 +159,19 @@ class Memory:
                 return encode_state(self._topic, self.seq, snapshot, kept)
         return None if events is None else encode_events(self._topic, events)
 
+    def forget(self) -> None:
+        """Remember no events but those that are never dropped."""
+        self._ring.clear()
+        self._ring_bytes = 0
+        self._recalled = self.seq, self.seq, b""
+        self._memories.discard(self)
+
     def _remember(self, run: Run) -> None:
         self._ring.append(run)
         self._ring_bytes += len(run.encoded)
         while self._ring_bytes > TOPIC_EVENTS_BYTES_MAX:
             self._ring_bytes -= len(self._ring.popleft().encoded)
-
-    def _forget(self) -> None:
-        self._ring.clear()
-        self._ring_bytes = 0
+        self._memories.grow(self, self._ring_bytes)
 
     def _keep(self, run: Run) -> None:
         if not run.encoded:
@@ -157,6 +193,6 @@ def _kept_of(encoded: bytes) -> bytes:
     return b",".join([event for event in _decode_list(b"[" + encoded + b"]") if _decode_kind(event).kind in _KEPT])
 
 
-_KEPT: Final = frozenset(("extended", "ended", "cancelled"))
+_KEPT: Final = frozenset(KINDS[event_type] for event_type in KEPT)
 _decode_list: Final[Callable[[bytes], list[msgspec.Raw]]] = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _decode_kind: Final[Callable[[msgspec.Raw], _Kind]] = msgspec.json.Decoder(_Kind).decode

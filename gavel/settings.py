@@ -19,6 +19,8 @@ from gavel.errors import CommandError
 PREFIX: Final = "GAVEL_"
 TEST_PREFIX: Final = "GAVEL_TEST_"
 """Variables of the test suite (see tests/conftest.py); the engines that tests start inherit them."""
+_NOBODY: Final = "none"
+"""Instead of a list of addresses: an empty variable is one that is not set."""
 
 
 class SettingsError(CommandError):
@@ -58,6 +60,8 @@ def _database_url(value: str) -> str:
 
 
 def _addresses(value: str) -> str:
+    if value.strip().lower() == _NOBODY:
+        return ""
     try:
         networks(value)
     except ValueError:
@@ -99,7 +103,8 @@ class Settings(BaseSettings):
         None, description="the cluster's secret; without it one is made in the data folder"
     )
     raised_addresses: Annotated[str, Field(max_length=10_000), AfterValidator(_addresses)] = Field(
-        RAISED_ADDRESSES, description="addresses and networks whose clients have no rate limits, separated by commas"
+        RAISED_ADDRESSES,
+        description="addresses and networks whose clients have no rate limits, separated by commas, or none",
     )
     gateway_memory_mb: int | None = Field(
         None,
@@ -128,7 +133,7 @@ _RIGHT: Final = {
     "shards": "a whole number from 1 to 64",
     "gateways": "a whole number from 1 to 16",
     "secret": "16 to 1000 characters long",
-    "raised_addresses": "like 10.0.0.0/8,192.0.2.7,::1",
+    "raised_addresses": "like 10.0.0.0/8,192.0.2.7,::1, or none",
     "gateway_memory_mb": "a whole number from 1 to 1000000",
     "log_level": "debug, info, warning or error",
 }

@@ -37,6 +37,8 @@ class Tally:
     simulated_s: float = 0
     cpu_s: float = 0
     faults: Counter[str] = field(default_factory=Counter)
+    strained: Counter[str] = field(default_factory=Counter)
+    """How often there was more than a bound allows, by what came of it."""
     failed: dict[int, list[str]] = field(default_factory=dict)
     """What is wrong, by seed."""
 
@@ -48,6 +50,7 @@ class Tally:
         self.simulated_s += result.get("simulated_s", 0)
         self.cpu_s += result["cpu_s"]
         self.faults.update(result.get("faults", {}))
+        self.strained.update(result.get("strained", {}))
         if result["violations"]:
             self.failed[result["seed"]] = result["violations"]
 
@@ -199,8 +202,9 @@ def print_results(tally: Tally, wall_s: float, mutant: str | None) -> None:
         click.echo(f"  {repeat_command(seed, mutant)}")
     if len(tally.failed) > _SHOWN_MAX:
         click.echo(f"and {len(tally.failed) - _SHOWN_MAX} seeds more: {sorted(tally.failed)[_SHOWN_MAX:][:20]}")
-    for kind, count in sorted(tally.faults.items()):
-        click.echo(f"{count:>10,} {kind}")
+    for counted in (tally.faults, tally.strained):
+        for kind, count in sorted(counted.items()):
+            click.echo(f"{count:>10,} {kind}")
     faults = sum(tally.faults.values())
     minutes = tally.cpu_s / 60 or 1
     click.echo(

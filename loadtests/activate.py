@@ -1,15 +1,13 @@
 """The scenario `activate`: an engine on a journal that holds very many auctions, all of them asleep.
 
-It starts engines of its own, on one folder: one on an empty journal, then one on the full one.
+The engine was started on an empty journal; its journal is filled, and it is started again.
 """
 
 import asyncio
 import json
 import random
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
@@ -19,7 +17,7 @@ import uvloop
 from loadtests import journal
 from loadtests.clients import TIMEOUT_S, Client, connect, disconnect
 from loadtests.measured import Latencies, LoadFailed, Options, Run
-from loadtests.subjects import Engine, memory_bytes, own_engine
+from loadtests.subjects import Engine, OwnEngine, Subject, memory_bytes
 
 AUCTIONS: Final = 100_000
 QUICK_AUCTIONS: Final = 1_000
@@ -27,37 +25,25 @@ TOUCHED: Final = 1_000
 QUICK_TOUCHED: Final = 50
 
 
-def run(options: Options) -> list[Run]:
-    """Fill a journal, start an engine on it, and touch some auctions for the first time. Raises `LoadFailed`."""
+def run(subject: Subject, options: Options) -> list[Run]:
+    """Fill a journal, start the engine on it, and touch some auctions for the first time. Raises `LoadFailed`."""
+    if not isinstance(subject, OwnEngine) or subject.data_dir is None:
+        raise LoadFailed("an engine that we did not start cannot be started again")
     auctions, touched = (QUICK_AUCTIONS, QUICK_TOUCHED) if options.quick else (AUCTIONS, TOUCHED)
     run = Run("activate", Engine.name, f"{auctions:,} auctions", options.number)
-    with _folder() as data_dir:
-        options.report("starting an engine on an empty journal")
-        began = time.perf_counter()
-        with own_engine(data_dir) as engine:
-            run.figures["empty_ready_s"] = time.perf_counter() - began
-            empty_bytes = memory_bytes(engine.processes()["shard"])
-            options.report(f"filling its journal with {auctions:,} auctions")
-            ids = uvloop.run(_fill(data_dir, auctions))
-        options.report(f"starting an engine on {auctions:,} auctions")
-        began = time.perf_counter()
-        with own_engine(data_dir) as engine:
-            run.figures["ready_s"] = time.perf_counter() - began
-            run.figures["shards_bytes"] = memory_bytes(engine.processes()["shard"])
-            run.figures["bytes_per_auction"] = (run.figures["shards_bytes"] - empty_bytes) / auctions
-            options.report(f"touching {touched:,} auctions")
-            run.latencies["first_touch"] = uvloop.run(_touch(engine, random.sample(ids, touched)))
+    run.figures["empty_ready_s"] = subject.ready_s
+    empty_bytes = memory_bytes(subject.processes()["shard"])
+    options.report(f"filling the journal with {auctions:,} auctions")
+    ids = uvloop.run(_fill(subject.data_dir, auctions))
+    options.report(f"starting the engine on {auctions:,} auctions")
+    subject.restart()
+    run.figures["ready_s"] = subject.ready_s
+    run.figures["shards_bytes"] = memory_bytes(subject.processes()["shard"])
+    run.figures["bytes_per_auction"] = (run.figures["shards_bytes"] - empty_bytes) / auctions
+    options.report(f"touching {touched:,} auctions")
+    run.latencies["first_touch"] = uvloop.run(_touch(subject, random.sample(ids, touched)))
     run.add_percentiles("first_touch")
     return [run]
-
-
-@contextmanager
-def _folder() -> Iterator[Path]:
-    """A folder for the data of several engines, one after another."""
-    with tempfile.TemporaryDirectory(prefix="gavel-bench-") as folder:
-        # Postgres, as another user, must be able to reach it.
-        Path(folder).chmod(0o755)
-        yield Path(folder) / "data"
 
 
 async def _fill(data_dir: Path, auctions: int) -> list[UUID]:

@@ -38,9 +38,7 @@ def plan(scenarios: Sequence[Scenario], repetitions: int | None, *, is_quick: bo
     """
     if is_quick:
         subjects = dict.fromkeys(name for scenario in scenarios for name in scenario.subjects)
-        shared = [one for one in scenarios if not one.starts_its_own]
-        stands = [Stand(name, 0, tuple(one for one in shared if name in one.subjects)) for name in subjects]
-        stands += [Stand(GAVEL, 0, (one,)) for one in scenarios if one.starts_its_own]
+        stands = [Stand(name, 0, tuple(one for one in scenarios if name in one.subjects)) for name in subjects]
     else:
         stands = [
             Stand(name, number, (scenario,))
@@ -48,7 +46,7 @@ def plan(scenarios: Sequence[Scenario], repetitions: int | None, *, is_quick: bo
             for number in range(repetitions or scenario.repetitions)
             for name in scenario.subjects
         ]
-    return [stand for stand in stands if stand.scenarios and (with_peers or stand.subject == GAVEL)]
+    return [stand for stand in stands if (with_peers or stand.subject == GAVEL)]
 
 
 def measure(
@@ -83,9 +81,7 @@ def _report_of(scenario: Scenario, report: Callable[[str], None], doing: str) ->
     report(f"{scenario.name}: {doing}")
 
 
-def _started(stand: Stand) -> AbstractContextManager[Subject | None]:
-    if all(scenario.starts_its_own for scenario in stand.scenarios):
-        return nullcontext()
+def _started(stand: Stand) -> AbstractContextManager[Subject]:
     return own_engine() if stand.subject == GAVEL else running_peer(stand.subject, PEER_AUCTIONS)
 
 

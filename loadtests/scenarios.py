@@ -22,13 +22,10 @@ class Scenario:
     repetitions: int = 3
     """How often it is run unless one says otherwise."""
 
-    starts_its_own: bool = False
-    """Whether it starts engines itself, instead of being given a subject."""
-
-    def run(self, subject: "Subject | None", options: "Options") -> "list[Run]":
+    def run(self, subject: "Subject", options: "Options") -> "list[Run]":
         """Put the scenario's loads on a subject that was started for the purpose. Raises `LoadFailed`."""
         module = import_module(f"loadtests.{self.name}")
-        runs: list[Run] = module.run(options) if self.starts_its_own else module.run(subject, options)
+        runs: list[Run] = module.run(subject, options)
         return runs
 
 
@@ -65,7 +62,6 @@ SCENARIOS: Final = {
             "activate",
             "100,000 auctions in the journal: the start, the memory, the first touch.",
             repetitions=2,
-            starts_its_own=True,
         ),
         Scenario(
             "recover",

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO, Any, Final, Protocol
@@ -130,24 +130,38 @@ class Engine:
         return processes_of(self._pid, "other", self.data_dir)
 
 
-@contextmanager
-def own_engine(data_dir: Path | None = None, **settings: str) -> Iterator[Engine]:
-    """Start `gavel up` on a free port, and stop it afterwards. Raises `LoadFailed`.
+class OwnEngine(Engine):
+    """One that we have started, and can start anew on its folder."""
 
-    Args:
-        data_dir: its folder; without it a fresh one, which is removed afterwards.
-        settings: environment variables without their prefix, such as `SHARDS="1"`. What the environment of this process
-            says about an engine is not about this one.
-    """
-    with tempfile.TemporaryDirectory(prefix="gavel-bench-") as folder:
+    def __init__(self, data_dir: Path, running: ExitStack) -> None:
+        """`running`: what it runs on, and what ends it when it is closed."""
+        self._running = running
+        self._start(data_dir)
+
+    def _start(self, data_dir: Path) -> None:
+        arguments = [sys.executable, "-m", "gavel", "up", "--port", "0", "--data-dir", str(data_dir)]
+        # What the environment of this process says about an engine is not about this one.
+        environment = {name: value for name, value in os.environ.items() if not name.upper().startswith("GAVEL_")}
+        began = time.perf_counter()
+        url, pid = self._running.enter_context(started(arguments, environment=environment, data_dir=data_dir))
+        self.ready_s = time.perf_counter() - began
+        """How long it took to start, the last time."""
+        super().__init__(url, data_dir, pid)
+
+    def restart(self) -> None:
+        """Stop it and start it again; it is then at another address. Raises `LoadFailed`."""
+        assert self.data_dir is not None
+        self._running.close()
+        self._start(self.data_dir)
+
+
+@contextmanager
+def own_engine() -> Iterator[OwnEngine]:
+    """Start `gavel up` on a free port and a fresh folder, and stop it afterwards. Raises `LoadFailed`."""
+    with tempfile.TemporaryDirectory(prefix="gavel-bench-") as folder, ExitStack() as running:
         # Postgres, as another user, must be able to reach its folder.
         Path(folder).chmod(0o755)
-        folder_of_data = data_dir or Path(folder) / "data"
-        arguments = [sys.executable, "-m", "gavel", "up", "--port", "0", "--data-dir", str(folder_of_data)]
-        environment = {name: value for name, value in os.environ.items() if not name.upper().startswith("GAVEL_")}
-        environment |= {f"GAVEL_{name}": value for name, value in settings.items()}
-        with started(arguments, environment=environment, data_dir=folder_of_data) as (url, pid):
-            yield Engine(url, folder_of_data, pid)
+        yield OwnEngine(Path(folder) / "data", running)
 
 
 @contextmanager

@@ -9,7 +9,14 @@ from uuid import UUID
 import pytest
 
 from actors.messages import Answer, Payload, Presence, Published, Unsubscribe, Viewers, Watch, Watched, You
-from engine.limits import RESUME_EVENTS_MAX, SOCKETS_PER_SLICE, TICK_MS
+from engine.limits import (
+    BUSY_RETRY_MS,
+    COMMAND_TIMEOUT_MS,
+    RESUME_EVENTS_MAX,
+    SOCKETS_PER_SLICE,
+    TICK_MS,
+    WATCHES_AT_ONCE,
+)
 from engine.rejections import Rejection
 from gateway import fanout, topic
 from gateway.fanout import Fanout
@@ -21,6 +28,7 @@ TOPIC, OTHER = UUID(int=1), UUID(int=2)
 ANNA, BEN = UUID(int=3), UUID(int=4)
 NOT_FOUND = Rejection("not_found", "There is no such auction.")
 UNAVAILABLE = Rejection("unavailable", "Away.", is_transient=True)
+BUSY_FOR_LONG = Rejection("busy", "Later.", is_transient=True, retry_after_ms=1_250)
 LEADS = You(1, 100, is_leading=True)
 
 
@@ -29,19 +37,23 @@ class Shards:
 
     def __init__(self) -> None:
         self.submitted: list[Payload] = []
-        self._waiting: list[Callable[[Answer], None]] = []
+        self._waiting: list[tuple[Payload, Callable[[Answer], None]]] = []
 
     def submit(self, payload: Payload, on_answer: Callable[[Answer], None]) -> None:
         self.submitted.append(payload)
         if not isinstance(payload, Unsubscribe | Viewers):
-            self._waiting.append(on_answer)
+            self._waiting.append((payload, on_answer))
 
     def shard_of(self, entity_id: UUID) -> int:
-        return entity_id.int
+        return entity_id.int % 2**64
 
     def answer(self, answer: Answer, index: int = 0) -> None:
         """Answer the oldest request that waits."""
-        self._waiting.pop(index)(answer)
+        self._waiting.pop(index)[1](answer)
+
+    def forget(self, shard: int) -> None:
+        """A link has broken: what was asked on it is not answered."""
+        self._waiting = [(payload, then) for payload, then in self._waiting if self.shard_of(payload.auction) != shard]
 
     def pop(self) -> list[Payload]:
         submitted, self.submitted = self.submitted, []
@@ -51,7 +63,9 @@ class Shards:
 class Socket:
     """A sink that keeps what it is sent, and what its subscriptions were answered, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, fanout: Fanout | None = None) -> None:
+        self.fanout = fanout
+        """It leaves this when it is closed, as real sockets do, at once."""
         self.log: list[Any] = []
         self.frames: list[bytes] = []
         self.you: You | None = None
@@ -72,6 +86,8 @@ class Socket:
 
     def close_as_too_slow(self) -> None:
         self.is_closed = True
+        if self.fanout is not None:
+            self.fanout.drop(self)
 
     def subscribed(self, answer: Subscribed | Rejection) -> None:
         if isinstance(answer, Rejection):
@@ -97,7 +113,7 @@ class Hall:
 
     def ask(self, topic_id: UUID = TOPIC, since: int | None = None, viewer: UUID | None = None) -> Socket:
         """A new socket subscribes."""
-        socket = Socket()
+        socket = Socket(self.fanout)
         self.ask_again(socket, topic_id, since, viewer)
         return socket
 
@@ -118,6 +134,11 @@ class Hall:
     def publish(self, first: int, last: int, *extended: int, topic_id: UUID = TOPIC) -> None:
         frame = published(first, last, *extended)
         self.fanout.published(Published(topic_id, first, last, frame.events, frame.kept, frame.snapshot))
+
+    def reopen(self) -> None:
+        """The link to shard 1 has broken, and opened again."""
+        self.shards.forget(1)
+        self.fanout.resubscribe(1)
 
     async def tick(self) -> None:
         """A tick passes, and all that can happen happens."""
@@ -256,18 +277,16 @@ async def test_ten_thousand_users_are_a_handful_of_questions(hall: Hall, monkeyp
 
 async def test_many_are_answered_in_slices_and_miss_nothing_meanwhile(hall: Hall) -> None:
     hall.watch(4)
+    await quiet()
     sockets = [hall.ask(viewer=ANNA) for _ in range(3 * SOCKETS_PER_SLICE)]
     hall.shards.answer(at(4, None))
     hall.shards.answer(at(4, LEADS))
-    assert sum(bool(socket.log) for socket in sockets) == 1 + SOCKETS_PER_SLICE
+    assert sum(bool(socket.log) for socket in sockets) == SOCKETS_PER_SLICE
     hall.publish(5, 6)
     hall.publish(7, 7, 7)
     await turns(lambda: all(socket.log for socket in sockets))
     await hall.tick()
-    assert {str(socket.log) for socket in sockets} == {
-        str(["at 4", [5, 6], [7]]),
-        str(["at 4", ("state 7", [7])]),
-    }
+    assert all(socket.log == ["at 4", ("state 7", [7])] for socket in sockets)
     assert all(socket.you == LEADS for socket in sockets[1:])
 
 
@@ -316,6 +335,7 @@ async def test_the_last_to_leave_ends_the_topic(hall: Hall) -> None:
     hall.publish(7, 7)
     await hall.tick()
     assert (one.log, two.log) == (["at 5"], ["at 5", [6]])
+    assert hall.fanout._memories._bytes == 0
     again = hall.watch(7)
     hall.publish(8, 8)
     await hall.tick()
@@ -418,6 +438,7 @@ async def test_one_clients_trouble_with_its_answer_is_not_another_ones(
 
 async def test_a_broadcast_to_many_is_written_in_slices_in_order(hall: Hall) -> None:
     sockets = [hall.watch(5) for _ in range(2 * SOCKETS_PER_SLICE + 1)]
+    await quiet()
     hall.publish(6, 6)
     hall.publish(7, 7)
     assert [len(socket.log) for socket in sockets].count(2) == SOCKETS_PER_SLICE
@@ -590,6 +611,21 @@ async def test_a_hundred_that_stop_hold_nobody_up(hall: Hall) -> None:
     assert all(len(socket.log) == (1 if socket.is_behind else 5) for socket in sockets)
 
 
+async def test_who_is_closed_while_it_catches_up_is_told_no_more(hall: Hall, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topic, "TOPIC_KEPT_BYTES_MAX", 1)
+    monkeypatch.setattr(topic, "TOPIC_EVENTS_BYTES_MAX", 1)
+    slow = hall.watch(5)
+    hall.ask_again(slow, OTHER)
+    hall.shards.answer(at(5))
+    slow.is_behind = True
+    for topic_id in (TOPIC, OTHER):
+        hall.publish(6, 6, 6, topic_id=topic_id)
+    await hall.tick()
+    slow.is_behind = False
+    hall.fanout.catch_up(slow)
+    assert (slow.log, slow.is_closed, hall.fanout._topics) == (["at 5", "at 5"], True, {})
+
+
 # Presence
 
 
@@ -620,7 +656,7 @@ async def test_a_new_link_is_told_how_many_watch(hall: Hall) -> None:
     hall.watch(5)
     hall.fanout.tick()
     hall.shards.pop()
-    hall.fanout.resubscribe(1)
+    hall.reopen()
     hall.fanout.tick()
     assert hall.shards.pop() == [Watch(TOPIC, 5, [])]
     hall.shards.answer(at(5))
@@ -628,21 +664,65 @@ async def test_a_new_link_is_told_how_many_watch(hall: Hall) -> None:
     assert hall.shards.pop() == [Viewers(TOPIC, 1)]
 
 
-async def test_presence_goes_to_all_who_read_and_to_newcomers(hall: Hall) -> None:
+async def test_presence_goes_to_all_who_read_once_a_tick(hall: Hall) -> None:
     slow, fast = hall.watch(5), hall.watch(5)
+    hall.fanout.tick()
     hall.fanout.presence(Presence(OTHER, 3))
     slow.is_behind = True
+    hall.fanout.presence(Presence(TOPIC, 6))
     hall.fanout.presence(Presence(TOPIC, 7))
+    assert (slow.log, fast.log) == (["at 5"], ["at 5"])
+    hall.fanout.tick()
     assert (slow.log, fast.log) == (["at 5"], ["at 5", "7 viewers"])
     slow.is_behind = False
     hall.fanout.catch_up(slow)
-    assert slow.log == ["at 5", "7 viewers"]
-    assert hall.ask().log == ["at 5", "7 viewers"]
+    assert slow.log == ["at 5"]
+    # The same again, from a shard that was started again.
+    hall.fanout.presence(Presence(TOPIC, 7))
+    for _ in range(2):
+        hall.fanout.tick()
+        assert slow.log == fast.log == ["at 5", "7 viewers"]
+
+
+async def test_newcomers_are_told_the_last_number_unless_another_comes(hall: Hall) -> None:
+    first = hall.watch(5)
+    hall.fanout.tick()
+    hall.fanout.presence(Presence(TOPIC, 7))
+    hall.fanout.tick()
+    newcomer = hall.ask()
+    hall.fanout.tick()
+    assert newcomer.log == ["at 5"]
+    hall.fanout.presence(Presence(TOPIC, 8))
+    hall.fanout.tick()
+    assert newcomer.log == ["at 5", "8 viewers"]
+    # One goes and another comes: there is nothing to report.
+    hall.fanout.drop(first)
+    instead = hall.ask()
+    hall.ask_again(newcomer)
+    hall.shards.pop()
+    hall.fanout.tick()
+    assert hall.shards.pop() == []
+    assert (instead.log, newcomer.log) == (["at 5", "8 viewers"], ["at 5", "8 viewers", "at 5"])
+
+
+async def test_a_number_that_has_changed_between_slices_is_told_at_the_next_tick(hall: Hall) -> None:
+    sockets = [hall.watch(5) for _ in range(2 * SOCKETS_PER_SLICE)]
+    hall.fanout.tick()
+    await quiet()
+    for viewers in (7, 8):
+        hall.fanout.presence(Presence(TOPIC, viewers))
+        hall.fanout.tick()
+    await quiet()
+    hall.fanout.tick()
+    await quiet()
+    assert {tuple(socket.log[1:]) for socket in sockets} == {("7 viewers", "8 viewers"), ("8 viewers",)}
 
 
 async def test_presence_goes_out_in_slices(hall: Hall) -> None:
     sockets = [hall.watch(5) for _ in range(2 * SOCKETS_PER_SLICE)]
+    await quiet()
     hall.fanout.presence(Presence(TOPIC, 7))
+    hall.fanout.tick()
     hall.fanout.drop(sockets[-1])
     assert sum(len(socket.log) == 2 for socket in sockets) == SOCKETS_PER_SLICE
     await quiet()
@@ -656,7 +736,7 @@ async def test_presence_goes_out_in_slices(hall: Hall) -> None:
 async def test_a_new_link_is_asked_for_what_was_missed(hall: Hall) -> None:
     one, elsewhere = hall.watch(5), hall.watch(9, OTHER)
     hall.publish(6, 6)
-    hall.fanout.resubscribe(1)
+    hall.reopen()
     assert hall.shards.pop() == [Watch(TOPIC, 6, [])]
     hall.shards.answer(all_of(7, 9))
     await hall.tick()
@@ -670,7 +750,7 @@ async def test_what_was_kept_of_what_was_missed_is_in_the_state(hall: Hall) -> N
     slow, fast = hall.watch(5), hall.watch(5)
     slow.is_behind = True
     hall.publish(6, 6)
-    hall.fanout.resubscribe(1)
+    hall.reopen()
     hall.shards.answer(Watched(TOPIC, 9, view(9), 7, events(7, 9, 8), []))
     await hall.tick()
     slow.is_behind = False
@@ -681,7 +761,7 @@ async def test_what_was_kept_of_what_was_missed_is_in_the_state(hall: Hall) -> N
 
 async def test_nothing_missed_is_nothing_sent(hall: Hall) -> None:
     socket = hall.watch(5)
-    hall.fanout.resubscribe(1)
+    hall.reopen()
     hall.shards.answer(at(5))
     hall.publish(6, 6)
     await hall.tick()
@@ -690,7 +770,7 @@ async def test_nothing_missed_is_nothing_sent(hall: Hall) -> None:
 
 async def test_who_missed_too_much_comes_back_for_it(hall: Hall) -> None:
     socket = hall.watch(5)
-    hall.fanout.resubscribe(1)
+    hall.reopen()
     hall.shards.answer(at(5_000))
     assert socket.is_closed
     late = hall.watch(5_000)
@@ -712,18 +792,18 @@ async def test_only_the_answer_on_the_newest_link_counts(hall: Hall) -> None:
 
 async def test_a_topic_that_was_left_meanwhile_stays_left(hall: Hall) -> None:
     socket = hall.watch(5)
-    hall.fanout.resubscribe(1)
+    hall.reopen()
     hall.fanout.drop(socket)
     hall.shards.answer(all_of(6, 8))
     await hall.tick()
     assert socket.log == ["at 5"]
 
 
-async def test_a_topic_without_an_answer_yet_is_asked_for_by_its_own_request(hall: Hall) -> None:
+async def test_a_topic_without_an_answer_yet_is_asked_for_anew(hall: Hall) -> None:
     socket = hall.ask()
     hall.shards.pop()
-    hall.fanout.resubscribe(1)
-    assert hall.shards.pop() == []
+    hall.reopen()
+    assert hall.shards.pop() == [Watch(TOPIC, None, [])]
     hall.shards.answer(at(5))
     hall.publish(6, 6)
     await hall.tick()
@@ -734,11 +814,9 @@ async def test_who_came_while_the_link_was_broken_goes_with_what_the_topic_misse
     watcher = hall.watch(5)
     late, later = hall.ask(viewer=ANNA, since=3), hall.ask(viewer=BEN)
     hall.shards.pop()
-    hall.fanout.resubscribe(1)
+    hall.reopen()
     assert hall.shards.pop() == [Watch(TOPIC, 3, [ANNA, BEN])]
-    # The link asks for topics first, and then sends again what was not answered.
-    hall.shards.answer(all_of(4, 7, LEADS, None), index=1)
-    hall.shards.answer(at(7, None))
+    hall.shards.answer(all_of(4, 7, LEADS, None))
     await hall.tick()
     hall.publish(8, 8)
     await hall.tick()
@@ -749,7 +827,7 @@ async def test_who_came_while_the_link_was_broken_goes_with_what_the_topic_misse
 
 async def test_while_events_are_missing_guests_wait_as_well(hall: Hall) -> None:
     hall.watch(5)
-    hall.fanout.resubscribe(1)
+    hall.reopen()
     guest = hall.ask()
     assert guest.log == []
     hall.shards.answer(at(5))
@@ -770,13 +848,13 @@ async def test_a_hole_is_asked_for(hall: Hall, caplog: pytest.LogCaptureFixture)
     assert not one.is_closed
 
 
-@pytest.mark.parametrize("refusal", [UNAVAILABLE, Rejection("internal", "Wrong.", is_transient=True)])
+@pytest.mark.parametrize("refusal", [NOT_FOUND, Rejection("internal", "Wrong.", is_transient=True)])
 async def test_watchers_of_a_topic_that_cannot_be_caught_up_with_are_sent_to_come_back(
     hall: Hall, refusal: Rejection
 ) -> None:
     """Nothing more would come for them on this link: silence would look like an auction without bids."""
     one, two, elsewhere = hall.watch(5), hall.watch(5), hall.watch(5, OTHER)
-    hall.fanout.resubscribe(1)
+    hall.reopen()
     late = hall.ask()
     hall.shards.answer(refusal)
     assert [socket.is_closed for socket in (one, two, elsewhere, late)] == [True, True, False, False]
@@ -795,7 +873,122 @@ async def test_who_is_answered_when_the_topic_was_given_up_is_closed_too(hall: H
     sockets = [hall.ask(viewer=ANNA) for _ in range(2 * SOCKETS_PER_SLICE)]
     hall.shards.answer(at(5, None))
     hall.shards.answer(at(5, None))
-    hall.fanout.resubscribe(1)
-    hall.shards.answer(UNAVAILABLE)
+    hall.reopen()
+    hall.shards.answer(NOT_FOUND)
     await turns(lambda: all(socket.log == ["at 5"] for socket in sockets))
     assert all(socket.is_closed for socket in sockets)
+
+
+@pytest.mark.parametrize(("refusal", "pause_ms"), [(UNAVAILABLE, BUSY_RETRY_MS), (BUSY_FOR_LONG, 1_250)])
+async def test_a_shard_that_has_no_room_yet_is_asked_again(hall: Hall, refusal: Rejection, pause_ms: int) -> None:
+    watcher = hall.watch(5)
+    hall.reopen()
+    newcomer = hall.ask()
+    hall.shards.answer(refusal)
+    assert newcomer.log == [refusal.code]
+    later = hall.ask()
+    hall.shards.pop()
+    await hall.clock.advance(pause_ms - 1)
+    assert hall.shards.pop() == []
+    await hall.clock.advance(1)
+    assert hall.shards.pop() == [Watch(TOPIC, 5, [])]
+    hall.shards.answer(all_of(6, 7))
+    await hall.tick()
+    assert (watcher.log, later.log, watcher.is_closed) == (["at 5", [6, 7]], ["at 7"], False)
+
+
+async def test_a_link_that_opens_meanwhile_is_asked_at_once_and_once(hall: Hall) -> None:
+    watcher = hall.watch(5)
+    hall.reopen()
+    hall.shards.answer(UNAVAILABLE)
+    hall.shards.pop()
+    hall.reopen()
+    await hall.clock.advance(BUSY_RETRY_MS)
+    assert hall.shards.pop() == [Watch(TOPIC, 5, [])]
+    hall.shards.answer(all_of(6, 6))
+    await hall.tick()
+    assert watcher.log == ["at 5", [6]]
+
+
+async def test_nobody_is_asked_for_again_who_has_left_meanwhile(hall: Hall) -> None:
+    watcher = hall.watch(5)
+    hall.reopen()
+    hall.shards.answer(UNAVAILABLE)
+    hall.fanout.drop(watcher)
+    hall.shards.pop()
+    await hall.clock.advance(BUSY_RETRY_MS)
+    assert hall.shards.pop() == []
+
+
+# Many topics at once
+
+
+def of_shard(shard: int, count: int) -> list[UUID]:
+    return [UUID(int=shard + (number << 64)) for number in range(1, count + 1)]
+
+
+async def test_only_so_many_topics_are_asked_for_at_once(hall: Hall) -> None:
+    topics = of_shard(1, 3 * WATCHES_AT_ONCE)
+    sockets = [hall.ask(topic_id) for topic_id in topics]
+    elsewhere = hall.ask(OTHER)
+    assert len(hall.shards.pop()) == WATCHES_AT_ONCE + 1
+    hall.shards.answer(at(5), WATCHES_AT_ONCE)
+    assert elsewhere.log == ["at 5"]
+    for number in range(len(topics)):
+        hall.shards.answer(at(5))
+        await quiet()
+        assert sockets[number].log == ["at 5"]
+    assert [watch.auction for watch in hall.shards.pop()] == topics[WATCHES_AT_ONCE:]
+
+
+async def test_a_new_link_is_asked_for_only_so_many_topics_at_once(hall: Hall) -> None:
+    *known, unknown = of_shard(1, WATCHES_AT_ONCE + 1)
+    watchers = [hall.watch(5, topic_id) for topic_id in known]
+    newcomer = hall.ask(unknown)
+    for _ in range(3):
+        hall.shards.pop()
+        hall.reopen()
+        asked = hall.shards.pop()
+        assert len(asked) == WATCHES_AT_ONCE
+    # One answer makes room for the last.
+    while asked:
+        hall.shards.answer(at(5) if asked.pop(0).auction == unknown else all_of(6, 6))
+        asked += hall.shards.pop()
+    await hall.tick()
+    assert all(socket.log == ["at 5", [6]] for socket in watchers)
+    assert newcomer.log == ["at 5"]
+
+
+async def test_whose_turn_does_not_come_is_told(hall: Hall) -> None:
+    for topic_id in of_shard(1, WATCHES_AT_ONCE):
+        hall.ask(topic_id)
+    waits, left = hall.ask(), hall.ask()
+    await hall.clock.advance(COMMAND_TIMEOUT_MS - 1)
+    hall.fanout.tick()
+    assert waits.log == []
+    hall.fanout.drop(left)
+    await hall.clock.advance(2)
+    hall.fanout.tick()
+    assert (waits.log, left.log) == (["unavailable"], ["unavailable"])
+    hall.shards.pop()
+    hall.shards.answer(at(5))
+    assert hall.shards.pop() == []
+
+
+async def test_who_leaves_before_its_turn_is_not_asked_for(hall: Hall) -> None:
+    for topic_id in of_shard(1, WATCHES_AT_ONCE):
+        hall.ask(topic_id)
+    gone = hall.ask()
+    hall.fanout.drop(gone)
+    hall.shards.pop()
+    hall.shards.answer(at(5))
+    assert hall.shards.pop() == []
+    assert gone.log == ["unavailable"]
+
+
+async def test_who_left_before_the_answer_is_told_when_the_link_breaks(hall: Hall) -> None:
+    gone = hall.ask()
+    hall.fanout.drop(gone)
+    hall.shards.pop()
+    hall.reopen()
+    assert (gone.log, hall.shards.pop()) == (["unavailable"], [])

@@ -26,6 +26,7 @@ from engine.limits import (
     INTEGER_MAX,
     REF_LENGTH_MAX,
     SECOND_MS,
+    SOCKETS_MAX,
     SUBSCRIPTIONS_MAX,
 )
 from engine.rejections import BUSY, INTERNAL, NOT_FOUND, OUTCOME_UNKNOWN, UNAVAILABLE, Rejection
@@ -44,7 +45,7 @@ from gateway.session import (
     UnfollowUser,
     Unsubscribe,
 )
-from gateway.socket import HttpProtocol, Sink, Sockets, make_protocol
+from gateway.socket import Sink, Sockets, make_http_protocol, make_protocol
 from gateway.tokens import Verifier, issue, make_key_pair
 from gateway.wire import Standing, Subscribed
 from tests.gateway.test_wire import SNAPSHOT
@@ -523,12 +524,13 @@ class Gateway:
         self._state = ServerState()
         self.connections = self._state.connections
         protocol = make_protocol(self.behind, self.behind, self.behind, VERIFY, lambda: NOW, self.sockets)
-        self._config = uvicorn.Config(_app, ws=protocol, lifespan="off", log_config=None, http=HttpProtocol)
+        self._http = make_http_protocol(SOCKETS_MAX)
+        self._config = uvicorn.Config(_app, ws=protocol, lifespan="off", log_config=None, http=self._http)
         self._config.load()
 
     def connect(self) -> Wire:
         wire = self.behind.wire = Wire(self.loop)
-        protocol = HttpProtocol(self._config, self._state, {}, self.loop)
+        protocol = self._http(self._config, self._state, {}, self.loop)
         wire.set_protocol(protocol)
         protocol.connection_made(wire)
         return wire

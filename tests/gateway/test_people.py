@@ -12,6 +12,7 @@ import pytest
 
 from actors.messages import Answer, AuctionView, Follow, Followed, GetAuction, Noticed, Payload, Unfollow, You
 from engine.auction import Snapshot
+from engine.limits import STANDINGS_MS
 from engine.notices import NoticeKind
 from engine.rejections import INTERNAL, UNAVAILABLE, Rejection
 from gateway import people
@@ -24,6 +25,7 @@ from tests.support.waiting import quiet, turns
 BOWL, VASE = UUID(int=2), UUID(int=3)
 ANNA, BEN = UUID(int=101), UUID(int=102)
 MAKER = UUID(int=104)
+NOW = 1_000_000
 
 
 def view(
@@ -97,7 +99,12 @@ class Hall:
         self.go_on = asyncio.Event()
         self.go_on.set()
         self.on_followed: list[Callable[[Answer], None]] = []
-        self.people = People(self, self.list_joined)
+        self.away: list[int] = []
+        self.now = NOW
+        self.people = People(self, self.list_joined, lambda: self.now)
+
+    def unreachable(self) -> list[int]:
+        return self.away
 
     def shard_of(self, entity_id: UUID) -> int:
         return entity_id.int % 2
@@ -142,6 +149,12 @@ class Hall:
         for on_answer in answers:
             on_answer(self.follow_answer)
         await quiet()
+
+    def refuse_to_follow(self) -> None:
+        """Whoever is being followed again is not."""
+        answers, self.on_followed = self.on_followed, []
+        for on_answer in answers:
+            on_answer(UNAVAILABLE)
 
     def pop(self) -> list[tuple[int, Follow | Unfollow]]:
         told, self.told = self.told, []
@@ -226,6 +239,33 @@ async def test_all_who_come_while_others_are_followed_are_followed_together(
     assert hall.people._followed == {}
 
 
+async def test_one_that_cannot_be_answered_leaves_no_other_unanswered(
+    hall: Hall, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_answer: list[Standing] | Rejection) -> None:
+        raise RuntimeError("no answer")
+
+    for is_away in (False, True):
+        hall.is_away = is_away
+        failing, socket = Socket(), Socket()
+        hall.people.follow(ANNA, failing, fail)
+        hall.people.follow(ANNA, socket, socket.subscribed)
+        await quiet()
+        assert socket.log == ["unavailable" if is_away else []]
+        hall.people.drop(failing)
+        hall.people.drop(socket)
+        assert (hall.people._people, hall.people._user_by_sink) == ({}, {})
+    assert caplog.text.count("RuntimeError: no answer") == 2
+
+
+async def test_who_leaves_as_it_is_answered_leaves_nothing_behind(hall: Hall, caplog: pytest.LogCaptureFixture) -> None:
+    socket = Socket()
+    hall.people.follow(ANNA, socket, lambda _answer: hall.people.drop(socket))
+    await quiet()
+    assert hall.pop()[2:] == [(0, Unfollow([ANNA])), (1, Unfollow([ANNA]))]
+    assert (hall.people._people, hall.people._user_by_sink, caplog.text) == ({}, {}, "")
+
+
 async def test_others_are_told_nothing(hall: Hall) -> None:
     anna, ben = await hall.follow(ANNA), await hall.follow(BEN)
     hall.people.noticed(noticed(2, "winning", user=BEN))
@@ -249,6 +289,22 @@ async def test_standings_are_bounded_and_those_that_are_over_go_first(
     for auction, kind in ((one, "winning"), (two, "won"), (three, "winning"), (four, "winning")):
         hall.people.noticed(noticed(2, kind, auction=auction))  # type: ignore[arg-type]  # Literals, in a tuple.
     assert (await hall.follow()).log == [[standing(three), standing(four)]]
+
+
+async def test_what_has_been_over_for_a_day_is_not_among_the_standings(hall: Hall) -> None:
+    hall.bids(ANNA, view(5), view(7, auction=VASE))
+    await hall.follow()
+    over = noticed(8, "won")
+    hall.people.noticed(over)
+    hall.now = over.at + STANDINGS_MS
+    assert (await hall.follow()).log == [[standing(status="ended"), standing(VASE)]]
+    hall.now += 1
+    again = await hall.follow()
+    assert again.log == [[standing(VASE)]]
+    hall.bids(ANNA, view(8, status="ended", outcome="sold"), view(7, auction=VASE))
+    # It is not told a second time, either.
+    await hall.reopen()
+    assert again.log == [[standing(VASE)]]
 
 
 # Leaving
@@ -304,6 +360,38 @@ async def test_without_a_shard_it_is_refused(hall: Hall) -> None:
     hall.views[BOWL] = UNAVAILABLE
     assert (await hall.follow()).log == ["unavailable"]
     assert hall.people._people == {}
+
+
+async def test_without_a_link_nobody_waits(hall: Hall) -> None:
+    waiting, late = Socket(), Socket()
+    hall.go_on.clear()
+    hall.people.follow(ANNA, waiting, waiting.subscribed)
+    await quiet()
+    hall.away = [1]
+    hall.people.follow(BEN, late, late.subscribed)
+    await quiet()
+    # One who was asked for before still hopes, and none of those who come later waits for that.
+    assert (waiting.log, late.log) == ([], ["unavailable"])
+    hall.go_on.set()
+    await quiet()
+    assert waiting.log == ["unavailable"]
+    assert (hall.asked, hall.people._people) == ([], {})
+    hall.away = []
+    assert (await hall.follow(BEN)).log == [[]]
+
+
+async def test_who_waited_behind_others_when_the_link_broke_is_not_asked_for(hall: Hall) -> None:
+    first, second = Socket(), Socket()
+    hall.go_on.clear()
+    hall.people.follow(ANNA, first, first.subscribed)
+    await quiet()
+    hall.people.follow(BEN, second, second.subscribed)
+    await quiet()
+    hall.away = [0]
+    hall.go_on.set()
+    await quiet()
+    assert second.log == ["unavailable"]
+    assert (0, Follow([BEN])) not in hall.told
 
 
 async def test_an_auction_that_cannot_be_read_is_left_out_alone(hall: Hall) -> None:
@@ -402,12 +490,50 @@ async def test_a_link_that_breaks_again_is_asked_when_it_opens_again(hall: Hall)
     hall.bids(ANNA, view(5))
     socket = await hall.follow()
     hall.bids(ANNA, view(9, leads=False))
-    hall.follow_answer = UNAVAILABLE
-    await hall.reopen()
+    hall.people.follow_again(0)
     assert socket.log[1:] == []
-    hall.follow_answer = Followed()
     await hall.reopen()
     assert socket.log[1:] == [("outbid", 9)]
+
+
+async def test_who_could_not_be_followed_again_on_a_link_that_stays_open_is_caught_up_with_all_the_same(
+    hall: Hall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(people, "LOOKUP_RETRY_MS", 0)
+    hall.bids(ANNA, view(5))
+    socket = await hall.follow()
+    ben = await hall.follow(BEN)
+    hall.bids(ANNA, view(9, leads=False))
+    hall.follow_answer = UNAVAILABLE
+    hall.pop()
+    await hall.reopen()
+    assert socket.log[1:] == [("outbid", 9)]
+    # It was asked again, for those who are still there, and tells what came until that was done.
+    await turns(lambda: len(hall.told) > 1)
+    hall.people.drop(ben)
+    hall.refuse_to_follow()
+    await turns(lambda: bool(hall.on_followed))
+    hall.bids(ANNA, view(12, most=300))
+    hall.on_followed.pop()(Followed())
+    await quiet()
+    assert socket.log[2:] == [("winning", 12)]
+    again = [told for told in hall.pop() if isinstance(told[1], Follow)]
+    assert again == [(0, Follow([ANNA, BEN])), (0, Follow([ANNA, BEN])), (0, Follow([ANNA]))]
+    assert hall.on_followed == []
+
+
+async def test_a_link_that_has_broken_again_is_left_to_its_next_opening(
+    hall: Hall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(people, "LOOKUP_RETRY_MS", 0)
+    await hall.follow()
+    hall.pop()
+    hall.people.follow_again(0)
+    first = hall.on_followed.pop()
+    await hall.reopen(0)
+    first(UNAVAILABLE)
+    await quiet()
+    assert hall.pop() == [(0, Follow([ANNA]))] * 2
 
 
 async def test_what_cannot_be_asked_now_is_asked_again(hall: Hall, monkeypatch: pytest.MonkeyPatch) -> None:

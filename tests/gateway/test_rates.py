@@ -98,11 +98,11 @@ def test_messages_count_for_their_address(monkeypatch: pytest.MonkeyPatch) -> No
 def test_bids_count_for_their_user_wherever_they_come_from(rates: Rates) -> None:
     one, other = entered(rates, "192.0.2.1"), entered(rates, "192.0.2.2")
     for _ in range(USER_BIDS_RATE.burst // 2):
-        assert one.bid(ANNA, lambda: NOW) == 0
-        assert other.bid(ANNA, lambda: NOW) == 0
+        assert one.bid(ANNA, NOW) == 0
+        assert other.bid(ANNA, NOW) == 0
     assert rates.bid("192.0.2.3", ANNA, NOW) == 100
-    assert other.bid(ANNA, lambda: NOW) == 100
-    assert other.bid(BEN, lambda: NOW) == 0
+    assert other.bid(ANNA, NOW) == 100
+    assert other.bid(BEN, NOW) == 0
 
 
 def test_an_address_opens_so_many_connections_at_once(rates: Rates) -> None:
@@ -147,5 +147,5 @@ def test_a_raised_address_has_no_rates() -> None:
     for _ in range(2 * ADDRESS_CONNECTIONS_RATE.burst):
         visit = entered(rates, "127.0.0.1")
     for _ in range(2 * CONNECTION_MESSAGES_RATE.burst):
-        assert visit.message(NOW) == visit.bid(ANNA, lambda: NOW) == rates.bid("127.0.0.1", ANNA, NOW) == 0
+        assert visit.message(NOW) == visit.bid(ANNA, NOW) == rates.bid("127.0.0.1", ANNA, NOW) == 0
     rates.leave(visit)

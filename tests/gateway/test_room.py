@@ -8,7 +8,7 @@ import pytest
 
 from engine.limits import FILES_RESERVED, MEBIBYTE, SOCKETS_MAX
 from gateway import room
-from gateway.room import Memory, memory_share_bytes, raise_file_limit, resident_bytes, sockets_for
+from gateway.room import MemoryGauge, connections_for, memory_share_bytes, raise_file_limit, resident_bytes, sockets_for
 
 
 @pytest.fixture
@@ -63,6 +63,11 @@ def test_some_files_are_for_other_things() -> None:
     assert sockets_for(SOCKETS_MAX + FILES_RESERVED) == SOCKETS_MAX
 
 
+def test_clients_leave_files_for_links_and_postgres() -> None:
+    assert [connections_for(files) for files in (256, 4_096)] == [192, 3_584]
+    assert connections_for(1_000_000) == SOCKETS_MAX + FILES_RESERVED // 2
+
+
 def test_the_memory_that_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert MEBIBYTE < resident_bytes() < psutil.virtual_memory().total
     monkeypatch.setattr(room, "_STATM", Path("/nowhere"))
@@ -84,5 +89,5 @@ def test_gateways_share_half_of_the_machine_or_of_the_container(
 
 def test_memory_is_short_until_it_is_a_tenth_under_the_bound() -> None:
     filled = [999, 1_000, 1_001, 950, 901, 900, 950, 1_001]
-    memory = Memory(1_000, lambda: filled.pop(0))
+    memory = MemoryGauge(1_000, lambda: filled.pop(0))
     assert [memory.look() for _ in range(8)] == [False, False, True, True, True, False, False, True]

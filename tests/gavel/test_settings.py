@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
+from engine.limits import RAISED_ADDRESSES
 from gavel.settings import SettingsError, load_settings
 
 
@@ -84,7 +85,7 @@ def test_the_secret_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
             "GAVEL_RAISED_ADDRESSES",
             "10.0.0.0/8,office",
             "GAVEL_RAISED_ADDRESSES '10.0.0.0/8,office' is not a list of addresses; it should be like "
-            "10.0.0.0/8,192.0.2.7,::1.",
+            "10.0.0.0/8,192.0.2.7,::1, or none.",
         ),
         (
             "GAVEL_GATEWAY_MEMORY_MB",
@@ -103,6 +104,12 @@ def test_what_cannot_be_is_refused_in_one_sentence(
     assert str(caught.value) == sentence
     # The original error holds the value, and a traceback would show it.
     assert caught.value.__context__ is None or caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize(("value", "expected"), [("none", ""), (" None", ""), ("", RAISED_ADDRESSES), ("::1", "::1")])
+def test_whose_addresses_are_raised(monkeypatch: pytest.MonkeyPatch, value: str, expected: str) -> None:
+    monkeypatch.setenv("GAVEL_RAISED_ADDRESSES", value)
+    assert load_settings().raised_addresses == expected
 
 
 def test_a_variable_without_a_similar_one_lists_those_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Limits on real sockets: who is over one is told so, and nobody else suffers."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,12 +15,13 @@ from websockets.frames import Frame, Opcode
 from actors import link as link_module
 from engine.limits import CONNECTION_MESSAGES_RATE, MEBIBYTE, RATE_REFUSALS_MAX, USER_BIDS_RATE, Rate
 from gateway import rates as rates_module
+from gateway import socket as socket_module
 from gateway.gateway_actor import Door, RunningGateway, start_gateway
 from gateway.rates import Rates
-from gateway.room import Memory
+from gateway.room import MemoryGauge
 from gateway.socket import Sockets
 from tests.integration.test_gateway import ANNA, BEN, PUBLIC, Client, Engine, engine, free_port, token
-from tests.integration.test_socket import AUCTION, Gateway, answer, closed, running
+from tests.integration.test_socket import AUCTION, Gateway, answer, closed, raw_client, running
 from tests.support.postgres import wait_for_lock
 from tests.support.waiting import until
 
@@ -109,7 +111,9 @@ async def test_refusals_of_long_ago_are_forgiven(limited: Gateway) -> None:
 
 
 @pytest.mark.parametrize(
-    "flood", [Frame(Opcode.PING, b""), Frame(Opcode.CONT, b"", fin=False)], ids=["pings", "fragments"]
+    "flood",
+    [Frame(Opcode.PING, b""), Frame(Opcode.PONG, b""), Frame(Opcode.CONT, b"", fin=False)],
+    ids=["pings", "pongs", "fragments"],
 )
 async def test_a_flood_of_other_frames_is_closed(limited: Gateway, flood: Frame) -> None:
     async with limited.client() as client:
@@ -177,6 +181,25 @@ async def test_a_raised_address_is_free() -> None:
             await use_up(client)
 
 
+async def test_of_too_many_connections_the_newest_are_cut_and_nobody_suffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket_module, "CLOSE_TIMEOUT_MS", 60_000)
+    async with running(Sockets(1), connections_max=3) as gateway, gateway.client() as client:
+        connections = gateway.server.server_state.connections
+        # One does not ask, and one is told that there is no room, and stays.
+        _, idle = await asyncio.open_connection("127.0.0.1", gateway.port)
+        _, refused = await raw_client(gateway)
+        await until(lambda: len(connections) == 3)
+        reader, late = await asyncio.open_connection("127.0.0.1", gateway.port)
+        assert await reader.read() == b""
+        assert (await ping(client))["type"] == "pong"
+        idle.close()
+        await until(lambda: len(connections) < 3)
+        async with httpx.AsyncClient() as http:
+            assert (await http.get(f"http://127.0.0.1:{gateway.port}/")).status_code == 200
+        refused.close()
+        late.close()
+
+
 # A whole gateway
 
 
@@ -227,7 +250,7 @@ async def test_without_memory_nobody_is_let_in_and_nobody_suffers(
     async with second_gateway(engine, memory_bytes_max=MEBIBYTE) as (gateway, port):
         await turned_away(gateway, port)
         filled = 0
-        gateway._memory = Memory(1_000, lambda: filled)
+        gateway._memory = MemoryGauge(1_000, lambda: filled)
         gateway._look_at_memory()
         async with client_of(port) as anna:
             filled = 1_001

@@ -877,7 +877,8 @@ async def test_topics_are_asked_for_before_anything_is_sent_again(site: Site) ->
     await site.kill_shard()
     await site.start_shard()
     await until(lambda: bool(site.published))
-    assert [type(answer) for answer in answers] == [Watched, Watched, BidAccepted]
+    # The first link's question was dropped with it.
+    assert [type(answer) for answer in answers] == [Watched, BidAccepted]
     assert [(one.first, one.last) for one in site.published] == [(2, 2)]
 
 
@@ -955,6 +956,30 @@ async def test_what_was_done_before_two_deaths_is_told_without_doing_it_again(si
     assert isinstance(answers[3], Rejection)
     assert (answers[3].code, answers[3].is_transient) == ("internal", True)
     assert [row.kind for row in site.store.journal[AUCTION].values()] == ["opened", "bid_placed", "ended"]
+
+
+async def test_a_topic_that_was_asked_for_at_two_deaths_is_not_asked_for_again(site: Site, asker: Asker) -> None:
+    def hold_reading(house: House) -> None:
+        house.journal.before_load.clear()
+
+    asker.submit(bid(ANNA, 1_000))
+    await asker.all()
+    for _ in range(2):
+        await site.kill_shard_and_notice()
+        house = await site.start_shard(prepare=hold_reading)
+        await asker.link.opened()
+        asker.submit(Watch(AUCTION, None, []))
+        await until(lambda house=house: AUCTION in house.shard._waking)  # type: ignore[misc]
+    await site.kill_shard_and_notice()
+    await site.start_shard()
+    await asker.link.opened()
+    # Nobody is told of what was dropped with its link.
+    assert len(asker.answers) == 1
+    asker.submit(Watch(AUCTION, None, []))
+    assert code(asker.answers[-1][1]) == "internal"
+    asker.submit(Watch(AUCTION, None, []))
+    await until(lambda: len(asker.answers) == 3)
+    assert isinstance(asker.answers[-1][1], Watched)
 
 
 async def test_who_came_while_the_shard_was_away_was_at_no_death(site: Site, asker: Asker) -> None:
@@ -1117,6 +1142,19 @@ async def test_so_much_may_be_in_flight(site: Site, monkeypatch: pytest.MonkeyPa
     link.submit(GET, answers.append)
     await until(lambda: len(answers) == 6)
     assert isinstance(answers[5], AuctionView)
+
+
+async def test_only_bids_make_bids_busy(site: Site, asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "LINK_LINE_MAX", 1)
+    house = site.houses[-1]
+    house.journal.hold()
+    asker.submit(GET, GET, Watch(AUCTION, None, []), bid(ANNA, 1_000), bid(BEN, 2_000, bid_id=2))
+    assert [code(answer) for _, answer in asker.answers] == ["busy"]
+    house.journal.let_go()
+    await until(lambda: len(asker.answers) == 5)
+    asker.submit(bid(BEN, 2_000, bid_id=2))
+    await until(lambda: len(asker.answers) == 6)
+    assert bids(site.store) == [2, 3]
 
 
 async def test_who_waits_too_long_is_told(site: Site, asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,13 +20,19 @@ from websockets.typing import Subprotocol
 
 from actors.messages import Answer, BidAccepted, Payload
 from engine.commands import PlaceBid
-from engine.limits import FRAME_BYTES_MAX, SOCKET_WRITE_BYTES_MAX, SUBSCRIPTIONS_MAX
+from engine.limits import (
+    FRAME_BYTES_MAX,
+    SOCKET_BEHIND_MS_MAX,
+    SOCKET_WRITE_BYTES_MAX,
+    SOCKETS_MAX,
+    SUBSCRIPTIONS_MAX,
+)
 from engine.rejections import Rejection
 from gateway import socket as socket_module
-from gateway.socket import ClientSocket, HttpProtocol, Sink, Sockets, make_protocol
+from gateway.socket import ClientSocket, HttpProtocol, Sink, Sockets, make_http_protocol, make_protocol
 from gateway.tokens import Verifier, issue, make_key_pair
 from gateway.wire import Standing, Subscribed
-from tests.support.waiting import until
+from tests.support.waiting import quiet, until
 
 PRIVATE, PUBLIC = make_key_pair()
 NOW = 1_700_000_000_000
@@ -116,7 +122,7 @@ class Connections(set[Any]):
 class Gateway:
     """uvicorn with our protocol on a port of its own, and all that stands behind it."""
 
-    def __init__(self, sockets: Sockets) -> None:
+    def __init__(self, sockets: Sockets, connections_max: int) -> None:
         self.router = Router()
         self.fanout = Fanout()
         self.sockets = sockets
@@ -124,7 +130,8 @@ class Gateway:
         protocol = make_protocol(
             self.router, self.fanout, self.fanout, Verifier(PUBLIC).verify, lambda: self.now, sockets
         )
-        config = uvicorn.Config(_app, ws=protocol, lifespan="off", log_config=None, http=HttpProtocol)
+        self.http = make_http_protocol(connections_max)
+        config = uvicorn.Config(_app, ws=protocol, lifespan="off", log_config=None, http=self.http)
         self.server = uvicorn.Server(config)
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
@@ -147,8 +154,8 @@ async def _app(scope: Any, receive: Any, send: Any) -> None:
 
 
 @asynccontextmanager
-async def running(sockets: Sockets | None = None) -> AsyncIterator[Gateway]:
-    gateway = Gateway(Sockets() if sockets is None else sockets)
+async def running(sockets: Sockets | None = None, connections_max: int = SOCKETS_MAX) -> AsyncIterator[Gateway]:
+    gateway = Gateway(Sockets() if sockets is None else sockets, connections_max)
     # As inside a Ray actor: not `serve`, which takes the process's signals.
     gateway.server.config.load()
     gateway.server.lifespan = gateway.server.config.lifespan_class(gateway.server.config)
@@ -461,6 +468,41 @@ async def test_a_client_that_reads_on_is_caught_up(gateway: Gateway) -> None:
         assert gateway.fanout.sinks[AUCTION] == [sink]
 
 
+async def test_who_is_behind_again_at_once_is_not_caught_up_yet(gateway: Gateway) -> None:
+    async with gateway.client() as client:
+        await client.send(f'{{"op":"subscribe","topic":"{TOPIC}"}}')
+        await answer(client)
+        [sink] = gateway.fanout.sinks[AUCTION]
+        assert isinstance(sink, ClientSocket)
+        sink.pause_writing()
+        sink.resume_writing()
+        sink.pause_writing()
+        await quiet()
+        # Little is unread by now; but the transport speaks up again only when that is read.
+        assert (sink.is_behind, gateway.fanout.caught_up) == (True, [])
+        sink.resume_writing()
+        await until(lambda: gateway.fanout.caught_up == [sink])
+        assert not sink.is_behind
+
+
+async def test_who_is_behind_for_long_is_closed_whatever_it_says(gateway: Gateway) -> None:
+    async with gateway.client() as client:
+        await client.send(f'{{"op":"subscribe","topic":"{TOPIC}"}}')
+        await answer(client)
+        [sink] = gateway.fanout.sinks[AUCTION]
+        assert isinstance(sink, ClientSocket)
+        sink.pause_writing()
+        gateway.sockets.tick(NOW + SOCKET_BEHIND_MS_MAX)
+        sink.pause_writing()
+        await client.send('{"op":"ping","ref":7}')
+        assert (await answer(client))["ref"] == 7
+        gateway.sockets.tick(NOW + SOCKET_BEHIND_MS_MAX + 1)
+        with pytest.raises(ConnectionClosed) as closed:
+            await client.recv()
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 4001
+
+
 async def test_a_slow_client_that_catches_up_reads_why(gateway: Gateway) -> None:
     async with gateway.client(max_queue=1) as client:
         await client.send(f'{{"op":"subscribe","topic":"{TOPIC}"}}')
@@ -599,7 +641,7 @@ async def test_who_leaves_before_its_headers_is_forgotten(gateway: Gateway) -> N
 
 def _watched_protocol(gateway: Gateway, made: list[Any]) -> HttpProtocol:
     config, state = gateway.server.config, gateway.server.server_state
-    made.append(HttpProtocol(config, state, {}))
+    made.append(gateway.http(config, state, {}))
     protocol: HttpProtocol = made[-1]
     return protocol
 

@@ -44,8 +44,8 @@ def test_without_peers_only_gavel_is_measured() -> None:
 
 def test_a_quick_benchmark_starts_each_subject_once_and_runs_all() -> None:
     stands = plan(list(SCENARIOS.values()), None, is_quick=True, with_peers=True)
-    shared = [stand.subject for stand in stands if not stand.scenarios[0].starts_its_own]
-    assert len(shared) == len(set(shared))
+    subjects = [stand.subject for stand in stands]
+    assert len(subjects) == len(set(subjects))
     ran = {(stand.subject, scenario.name) for stand in stands for scenario in stand.scenarios}
     assert ran == {(subject, name) for name, scenario in SCENARIOS.items() for subject in scenario.subjects}
 
@@ -53,12 +53,13 @@ def test_a_quick_benchmark_starts_each_subject_once_and_runs_all() -> None:
 def test_what_breaks_off_costs_nothing_else() -> None:
     said: list[str] = []
     scenarios = (
-        Fails("bids", "", starts_its_own=True),
-        IsReset("connect", "", starts_its_own=True),
-        Measures("timers", "", starts_its_own=True),
+        Fails("bids", ""),
+        IsReset("connect", ""),
+        Measures("timers", ""),
     )
+    nobody: Any = object()
     runs: list[Run] = []
-    measure(Stand("gavel", 1, scenarios), runs, said.append, is_quick=True)
+    measure(Stand("gavel", 1, scenarios), runs, said.append, is_quick=True, running=nobody)
     failed, reset, measured = runs
     assert (failed.scenario, failed.load, failed.notes) == ("bids", BROKE_OFF, ["the server does not answer"])
     assert (reset.load, reset.notes) == (BROKE_OFF, ["ConnectionResetError: gone"])

@@ -6,8 +6,8 @@ auction of which it tells at all.
 """
 
 import json
-from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 from uuid import UUID
 
@@ -26,7 +26,6 @@ from engine.events import (
     Scheduled,
     decode,
 )
-from engine.limits import RESUME_EVENTS_MAX
 from engine.public import encode_public
 from tests.engine.oracle import AMOUNT_MAX, Course, Rules, SoftCloseRule, end_after_outage
 from tests.simulation.history import (
@@ -36,6 +35,7 @@ from tests.simulation.history import (
     Events,
     Message,
     Notice,
+    Presence,
     Record,
     Sent,
     Standings,
@@ -45,6 +45,7 @@ from tests.simulation.history import (
     Verdict,
 )
 from tests.simulation.notices import Hearing
+from tests.simulation.streams import Stream
 
 
 class Violation(NamedTuple):
@@ -77,12 +78,14 @@ def check(
     taken: Mapping[tuple[UUID, bytes], int] | None = None,
     clock_error_ms: int = 0,
     is_calm: bool = False,
+    watching: Collection[tuple[str, int, UUID]] = (),
 ) -> list[Violation]:
     """All that is wrong; an empty list if nothing is.
 
     `true_time`: the records of different clients stand in the order of time, too, as one process wrote them. `outages`:
     all that there were, if they are known; `taken`: when each bid was last taken up, by its auction and command. By
     `clock_error_ms` a shard's clock may differ from the one that measured the outages. `is_calm`: nothing was broken.
+    `watching`: who still watched what at the end, by client and connection, long enough for all of them to be counted.
     """
     auctions = {entity_id: _Auction(entity_id, of_one) for entity_id, of_one in _by_auction(rows).items()}
     violations: list[Violation] = []
@@ -104,6 +107,7 @@ def check(
     violations += _bids_were_sent(auctions, seen)
     violations += _sent_in_order(seen)
     violations += _told_what_concerns_them(auctions, seen, is_calm=is_calm)
+    violations += _viewers_were_counted(seen, watching)
     return violations
 
 
@@ -622,22 +626,20 @@ class _Seen:
         """What each connection was told on the topic `me`, in order."""
         self.users: dict[tuple[str, int], UUID | None] = {}
         """Who is on each connection, in order."""
+        self.streams: dict[tuple[str, int, UUID], Stream] = {}
+        """What each connection was shown of an auction."""
         self._auctions = auctions
         self._is_one_order = is_one_order
         self._place = 0
         self._bids: dict[tuple[str, UUID, UUID], _Request] = {}
         self._known: dict[tuple[str, UUID], int] = {}
         self._asked: dict[tuple[str, int, UUID], int] = {}
-        self._streams: dict[tuple[str, int, UUID], int | None] = {}
-        """The last `seq` of each stream; None for one that is broken."""
 
     def take(self, record: Record) -> None:
         self._place += 1
         match record:
-            case Events():
-                self._follow(record)
-            case State():
-                self._leap(record)
+            case Events() | State() | Subscribed() | Presence():
+                self._listen(record)
             case Sent():
                 command_id = _bid_command(record.bidder, record.bid_id)
                 request = self._send(record, command_id)
@@ -648,8 +650,6 @@ class _Seen:
             case Subscribing():
                 stream = record.client, record.connection, record.auction
                 self._asked[stream] = self._floor(record.client, record.auction)
-            case Subscribed():
-                self._begin(record)
             case Connected():
                 self.users[record.client, record.connection] = record.user
             case Standings() | Notice():
@@ -697,103 +697,25 @@ class _Seen:
         request.answers.append(record)
         request.answered_at.append(self._place)
 
-    def _begin(self, record: Subscribed) -> None:
-        stream = record.client, record.connection, record.auction
-        floor = self._asked.get(stream, 0)
-        if self.users.get((record.client, record.connection), record.client) is None:
-            # Guests are answered by their gateway, which may be behind; but nobody goes back behind its own `since`.
-            floor = min(floor, record.since or 0)
-        sentence = self._begins_wrong(record, floor)
-        if sentence is not None:
-            self._break("stream", stream, record.seq, sentence)
-            return
-        self._streams[stream] = record.seq
-        self._know(record.client, record.auction, record.seq)
-
-    def _begins_wrong(self, record: Subscribed, floor: int) -> str | None:
-        auction = self._auction(record.auction)
-        since, seq = record.since, record.seq
-        if not auction.is_played:
-            return None  # There is no telling what would be right.
-        if not 1 <= seq <= len(auction.rows):
-            return f"subscribed at {seq}, but the journal has {len(auction.rows)} events"
-        if seq < floor:
-            return f"subscribed at {seq}, though {floor} had been seen before it asked"
-        is_near = since is not None and 0 <= seq - since <= RESUME_EVENTS_MAX
-        if record.recovered != is_near:
-            return f"asked for all since {since}, at {seq}, and `recovered` was {record.recovered}"
-        if since is not None and is_near:
-            problem = _run_wrong(auction, record.events or [], since)
-            if problem is not None or since + len(record.events or []) != seq:
-                return problem or f"got {len(record.events or [])} events since {since}, at {seq}"
-        elif record.snapshot != auction.snapshot(seq):
-            return f"the snapshot at {seq} should be {auction.snapshot(seq)}, not {record.snapshot}"
-        user = (record.client, record.connection)
-        if user in self.users and record.you != (you := auction.you(self.users[user], seq)):
-            return f"`you` at {seq} should be {you}, not {record.you}"
-        return None
-
-    def _follow(self, record: Events) -> None:
-        stream = record.client, record.connection, record.auction
-        if stream not in self._streams:
-            self._break("stream", stream, None, f"events came before the subscription: {record.events}")
-        last = self._streams[stream]
-        if last is None or not record.events:
-            return
-        sentence = _run_wrong(self._auction(record.auction), record.events, last)
-        if sentence is not None:
-            self._break("stream", stream, last + 1, sentence)
-            return
-        last += len(record.events)
-        self._streams[stream] = last
-        self._know(record.client, record.auction, last)
-
-    def _leap(self, record: State) -> None:
-        """Many events at once: the state they led to, and those that are never dropped."""
-        stream = record.client, record.connection, record.auction
-        if stream not in self._streams:
-            self._break("stream", stream, None, f"a state came before the subscription: {record}")
-        last = self._streams[stream]
-        if last is None:
-            return
-        sentence = self._leaps_wrong(record, last)
-        if sentence is not None:
-            self._break("stream", stream, record.seq, sentence)
-            return
-        self._streams[stream] = record.seq
-        self._know(record.client, record.auction, record.seq)
-
-    def _leaps_wrong(self, record: State, last: int) -> str | None:
-        auction = self._auction(record.auction)
-        if not auction.is_played:
-            return None  # There is no telling what would be right.
-        if not last < record.seq <= len(auction.rows):
-            return f"a state at {record.seq} came after {last}, and the journal has {len(auction.rows)} events"
-        if record.snapshot != auction.snapshot(record.seq):
-            return f"the state at {record.seq} should be {auction.snapshot(record.seq)}, not {record.snapshot}"
-        covered = [auction.public(seq) for seq in range(last + 1, record.seq + 1)]
-        kept = [event for event in covered if event["kind"] in ("extended", "ended", "cancelled")]
-        if record.events != kept:
-            return f"with the state at {record.seq}, after {last}, should come {kept}, not {record.events}"
-        return None
-
-    def _break(self, rule: str, stream: tuple[str, int, UUID], seq: int | None, sentence: str) -> None:
-        """One violation a stream: what follows on a wrong event says nothing."""
-        client, connection, auction = stream
-        self._streams[stream] = None
-        self.violations.append(Violation(rule, auction, seq, f"client {client}, connection {connection}: {sentence}"))
-
-
-def _run_wrong(auction: _Auction, events: list[Message], last: int) -> str | None:
-    """What is wrong with events that should be the journal's next ones after `last`."""
-    for expected, event in enumerate(events, start=last + 1):
-        if event.get("seq") != expected:
-            return f"event {expected} was next, but {event} came"
-        if expected > len(auction.events):
-            return f"the journal has no event {expected}, but {event} came"
-        if event != auction.public(expected):
-            return f"event {expected} should be {auction.public(expected)}, not {event}"
-    return None
+    def _listen(self, record: Subscribed | Events | State | Presence) -> None:
+        key = record.client, record.connection, record.auction
+        stream = self.streams.get(key)
+        if stream is None:
+            stream = self.streams[key] = Stream(self._auction(record.auction))
+        match record:
+            case Events():
+                wrong = stream.follow(record)
+            case State():
+                wrong = stream.leap(record)
+            case Presence():
+                wrong = stream.count(record)
+            case Subscribed():
+                wrong = stream.begin(record, self.users, self._asked.get(key, 0))
+        if wrong is not None:
+            sentence = f"client {record.client}, connection {record.connection}: {wrong.sentence}"
+            self.violations.append(Violation("stream", wrong.auction, wrong.seq, sentence))
+        elif stream.last is not None:
+            self._know(record.client, record.auction, stream.last)
 
 
 # One request
@@ -981,16 +903,31 @@ def _bids_were_sent(auctions: dict[UUID, _Auction], seen: _Seen) -> Iterator[Vio
 
 
 def _sent_in_order(seen: _Seen) -> Iterator[Violation]:
-    """What one connection sent to one auction, each once, is journaled in that order."""
+    """What one connection sent to one auction, each once, is journaled in that order; but for a rejection that was lost
+    with its shard's process: the next one judges the bid anew."""
     for requests in seen.sent.values():
         last: _Request | None = None
         for request in requests:
             if len(request.sends) > 1 or not request.seqs:
                 continue
-            if last is not None and request.seqs[0] < last.seqs[0]:
+            if last is not None and request.seqs[0] < last.seqs[0] and not _may_be_refused(last, request.seqs[0]):
                 sentence = f"was sent after what stands at {last.seqs[0]}, on the same connection"
                 yield request.violated("order", request.sends[0], sentence)
             last = request
+
+
+def _may_be_refused(request: _Request, end: int) -> bool:
+    """Whether a bid could be rejected in some state that the auction had before the event `end`."""
+    auction, bid = request.auction, request.sends[0]
+    assert isinstance(bid, Sent)
+    if request.floor == 0 or not auction.is_played:
+        return True
+    offered = bid.amount if bid.amount is not None else bid.max_amount or 0
+    return any(
+        standing.status != "active"
+        or (offered <= standing.maximum if standing.leader == str(bid.bidder) else offered < standing.minimum)
+        for standing in auction.standings[request.floor - 1 : end - 1]
+    )
 
 
 def _told_what_concerns_them(auctions: dict[UUID, _Auction], seen: _Seen, *, is_calm: bool) -> Iterator[Violation]:
@@ -1010,6 +947,17 @@ def _told_what_concerns_them(auctions: dict[UUID, _Auction], seen: _Seen, *, is_
             wrong += hearing.judge_end(joined[user])
         for auction, seq, sentence in wrong[:1]:
             yield Violation("notice", auction, seq, f"client {client}, connection {connection}: {sentence}")
+
+
+def _viewers_were_counted(seen: _Seen, watching: Collection[tuple[str, int, UUID]]) -> Iterator[Violation]:
+    """Everybody was told at last how many watch, over all gateways."""
+    viewers = Counter(auction for _, _, auction in watching)
+    for key in watching:
+        client, connection, auction = key
+        told = seen.streams[key].viewers if key in seen.streams else None
+        if told != viewers[auction]:
+            sentence = f"client {client}, connection {connection}, was told of {told} viewers of {viewers[auction]}"
+            yield Violation("presence", auction, None, sentence)
 
 
 def _bid_command(bidder: UUID, bid_id: UUID) -> bytes:

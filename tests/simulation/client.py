@@ -19,6 +19,7 @@ from tests.simulation.history import (
     Events,
     Message,
     Notice,
+    Presence,
     Record,
     Sent,
     Standings,
@@ -28,6 +29,7 @@ from tests.simulation.history import (
     verdict,
 )
 from tests.simulation.network import SimulatedNetwork, Transport
+from tests.simulation.observer import Observer
 from tests.simulation.world import Process
 
 _TEXT: Final = picows.WSMsgType.TEXT
@@ -149,6 +151,8 @@ class Client:
         """What it was told last of each of its auctions, on this connection."""
         self._seen: dict[UUID, int] = {}
         """The last `seq` of each topic."""
+        self._viewers: dict[UUID, int] = {}
+        """How many watch each topic, as it was told on this connection."""
         self._over: set[UUID] = set()
         self._prices: dict[UUID, tuple[int, int]] = {}
         """Minimum and end of each auction, as the events say."""
@@ -162,6 +166,13 @@ class Client:
         joined = [auction for user, auction in self._joined if user == self._user]
         is_told = self._habits.me_after_s is None or all(self._told.get(auction) in _OVER for auction in joined)
         return is_told and not self._unanswered and all(lot.auction in self._over for lot in self._lots)
+
+    @property
+    def viewers(self) -> dict[tuple[str, int, UUID], int]:
+        """How many watch each topic that it watches, as it was told last; by itself, its connection and the topic."""
+        if self._transport is None:
+            return {}
+        return {(self.name, self._connection, auction): count for auction, count in self._viewers.items()}
 
     def describe(self) -> str:
         """What it still waits for."""
@@ -298,6 +309,7 @@ class Client:
         self._bids.clear()
         self._asked.clear()
         self._told.clear()
+        self._viewers.clear()
         self._send({"op": "hello"} if self._user is None else {"op": "hello", "token": str(self._user)})
         for lot in self._lots:
             self._subscribe(lot)
@@ -336,6 +348,7 @@ class Client:
                 )
                 self._follow(auction, message["events"])
             case "state":
+                Observer.here().strained["client told a state"] += 1
                 record = state(self.name, self._connection, message, at=self._now_ms())
                 self._history.append(record)
                 self._know(record.auction, message)
@@ -343,7 +356,17 @@ class Client:
                 self._follow(record.auction, message["events"])
                 self._seen[record.auction] = record.seq
             case "presence":
-                assert message["viewers"] >= 0
+                auction = UUID(message["topic"][8:])
+                self._viewers[auction] = message["viewers"]
+                self._history.append(
+                    Presence(
+                        client=self.name,
+                        connection=self._connection,
+                        auction=auction,
+                        viewers=message["viewers"],
+                        at=self._now_ms(),
+                    )
+                )
             case "ack" | "rejected" | "error" if message.get("ref") in self._bids:
                 self._judged(message)
             case "subscribed" if message["ref"] == self._me:
@@ -390,6 +413,7 @@ class Client:
         lot, since = self._asked.pop(message["ref"])
         self._history.append(subscribed(self.name, self._connection, lot.auction, since, message, at=self._now_ms()))
         self._seen[lot.auction] = message["seq"]
+        self._viewers.setdefault(lot.auction, 0)
         if "snapshot" in message:
             self._know(lot.auction, message)
         you = message.get("you")

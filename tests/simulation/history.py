@@ -98,6 +98,14 @@ class State(_Record, frozen=True, kw_only=True, tag="state"):
     events: list[Message]
 
 
+class Presence(_Record, frozen=True, kw_only=True, tag="presence", gc=False):
+    """A client is told how many watch an auction."""
+
+    connection: int
+    auction: UUID
+    viewers: int
+
+
 class Standings(_Record, frozen=True, kw_only=True, tag="standings"):
     """A client gets its user's standings; the notices follow."""
 
@@ -133,7 +141,20 @@ class Answered(_Record, frozen=True, kw_only=True, tag="answered"):
     """None: it was done."""
 
 
-Record = Connected | Sent | Verdict | Subscribing | Subscribed | Events | State | Standings | Notice | Asked | Answered
+Record = (
+    Connected
+    | Sent
+    | Verdict
+    | Subscribing
+    | Subscribed
+    | Events
+    | State
+    | Presence
+    | Standings
+    | Notice
+    | Asked
+    | Answered
+)
 
 _VERDICT_FIELDS = ("code", "seq", "hash", "outcome", "price", "paddle", "max_amount", "minimum", "end_time")
 

@@ -15,10 +15,10 @@ from gateway.bootstrap import connect
 from gateway.fanout import Fanout
 from gateway.router import Router
 from gateway.session import Session
-from gateway.socket import ClientSocket, Sockets
+from gateway.socket import Sockets
 from gateway.tokens import Identity
 from tests.simulation.network import SimulatedNetwork
-from tests.simulation.observer import Observer
+from tests.simulation.observer import ObservedSocket, Observer
 from tests.simulation.postgres import SimulatedPostgres
 from tests.simulation.world import SECOND_US, Process, World
 
@@ -144,11 +144,11 @@ class Gateway:
         pool = await host.database.pool()
         clock = Clock(host.monotonic_ns)
         await clock.synchronise(pool)
-        router, fanout, people = await connect(host, self.process.name, pool)
+        router, fanout, people = await connect(host, self.process.name, pool, clock)
         self.router = router
         assert isinstance(host.network, SimulatedNetwork)
         listening = host.network.listen_now(
-            lambda: ClientSocket(router, fanout, people, Session(uuid4(), _identify, clock()), clock, self.sockets),
+            lambda: ObservedSocket(router, fanout, people, Session(uuid4(), _identify, clock()), clock, self.sockets),
             auto_pong=False,
         )
         self.address = listening.address

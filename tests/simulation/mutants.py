@@ -123,6 +123,26 @@ MUTANTS = (
         "seq, snapshot = last, encode_snapshot(self._awake[topic].state)",
     ),
     Mutant(
+        "a fold on a link that drops what is kept",
+        "actors.link",
+        "if published.kept:",
+        "if False:",
+    ),
+    Mutant(
+        "a catch-up from too far on",
+        "gateway.fanout",
+        "_send_rest(topic, sink, sent)",
+        "_send_rest(topic, sink, sent + 1)",
+    ),
+    Mutant(
+        "a ring that is taken to reach further back",
+        "gateway.topic",
+        "if not self._ring or not self._ring[0].first <= since + 1 <= self.seq "
+        "or self.seq - since > RESUME_EVENTS_MAX:",
+        "if not self._ring or not self._ring[0].first <= since + 2 <= self.seq + 1 "
+        "or self.seq - since > RESUME_EVENTS_MAX:",
+    ),
+    Mutant(
         "put to sleep before the commit",
         "actors.shard",
         "if entity.turn <= self._released and entity.id not in self._waking:",
@@ -134,6 +154,19 @@ MUTANTS = (
         "life = await self._journal.append(rows, entities, turn.paid_until)",
         "life = (turn.snapshots and await self._journal.save_snapshots(turn.snapshots)) or "
         "await self._journal.append(rows, entities, turn.paid_until)",
+    ),
+    # Who watches
+    Mutant(
+        "viewers that are gone still counted",
+        "actors.shard",
+        "self._audiences.leave(topic, outlet)",
+        "pass",
+    ),
+    Mutant(
+        "viewers not counted again after a break",
+        "gateway.fanout",
+        "topic.counted = None",
+        "pass",
     ),
     # What concerns one user
     Mutant(

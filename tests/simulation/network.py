@@ -3,6 +3,9 @@
 A connection is two `Transport`s, each in a process. What one sends arrives at the other in order, each message after a
 delay of its own. A connection may be cut, so that only a part of what was on its way arrives, or held, so that nothing
 arrives until it is released, if it ever is. What the listeners are called with is what picows calls them with.
+
+The kernels hold so much of what is not read, `KERNEL_BYTES`. The rest waits in the sender's write buffer, which calls
+`pause_writing` and `resume_writing` as uvloop's does, and is lost with its process.
 """
 
 from asyncio import Future, sleep
@@ -24,6 +27,11 @@ TEXT: Final = picows.WSMsgType.TEXT
 BINARY: Final = picows.WSMsgType.BINARY
 _INTERNAL_ERROR: Final = 1011
 _PROBE_TIMEOUT_S: Final = 0.5
+KERNEL_BYTES: Final = 2_000
+"""While so much is on its way to a peer, or not read there, nothing more is sent to it."""
+_TEXT_HEADER: Final = 0x81
+_EXTENDED: Final = 126
+"""See RFC 6455, section 5.2."""
 _TRACED_CHARACTERS: Final = 300
 
 
@@ -220,11 +228,15 @@ class Transport:
         "_is_closed",
         "_is_held",
         "_is_open",
+        "_is_reading_paused",
         "_is_write_paused",
         "_last_due_us",
         "_listening",
+        "_pace_us",
         "_read_handle",
         "_takes_more",
+        "_unsent",
+        "_unsent_bytes",
         "_wires",
         "_world",
         "_write_high",
@@ -246,7 +258,7 @@ class Transport:
         self.is_disconnected = False
         self.is_close_frame_sent = False
         self.unread = 0
-        """Bytes on their way to this end, and not read there."""
+        """Bytes on their way to this end, and not read there: what the kernels hold."""
         self._wires = wires
         self._world = process.world
         self._listening: Listening | None = None
@@ -256,9 +268,17 @@ class Transport:
         """Whether what is sent from now on can still arrive here."""
         self._is_armed = False
         self._is_held = False
+        """By a fault."""
+        self._is_reading_paused = False
+        """By its own process."""
+        self._pace_us = 0
+        """If it reads slowly: so long it takes over each frame."""
         self._is_open = False
         self._is_closed = False
         self._auto_pong = auto_pong
+        self._unsent: deque[Frame] = deque()
+        """The write buffer."""
+        self._unsent_bytes = 0
         self._write_high = 1 << 62
         self._is_write_paused = False
         self._read_handle = Handle(self._read, (), copy_context())
@@ -297,17 +317,32 @@ class Transport:
         self._arriving.clear()
         self.process.call_soon(self._lost)
         if self.peer is not None:
+            if graceful:
+                self._flush(1 << 62)
             self.peer.lose(is_whole=graceful)
+        self._drop_unsent()
+
+    def write(self, data: bytes) -> None:
+        """Take a text frame as bytes, with its header."""
+        size, begin = data[1], 2
+        if size == _EXTENDED:
+            size, begin = int.from_bytes(data[2:4], "big"), 4
+        assert data[0] == _TEXT_HEADER
+        assert len(data) == begin + size
+        self._send(Frame(TEXT, data[begin:]))
 
     def get_extra_info(self, name: str) -> tuple[str, int]:
         assert name == "peername"
         return "127.0.0.1", 0
 
     def get_write_buffer_size(self) -> int:
-        return 0 if self.peer is None else self.peer.unread
+        return self._unsent_bytes
 
     def set_write_buffer_limits(self, high: int) -> None:
         self._write_high = high
+
+    def is_closing(self) -> bool:
+        return self._is_closed
 
     def close(self) -> None:
         self.disconnect()
@@ -316,14 +351,19 @@ class Transport:
         self.disconnect(graceful=False)
 
     def pause_reading(self) -> None:
-        """Read nothing of what comes."""
-        self._is_held = True
+        """Read nothing more from the kernel; what has been read is still handed over."""
+        self._ensure_alive()
+        self._is_reading_paused = True
 
     def resume_reading(self) -> None:
         """Read on."""
-        if self._is_held:
-            self._is_held = False
-            self._arm()
+        self._ensure_alive()
+        self._is_reading_paused = False
+        self._arm()
+
+    def _ensure_alive(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("the transport is closed")
 
     # What faults do to it
 
@@ -349,19 +389,33 @@ class Transport:
         """Let nothing pass, in either direction, without a word."""
         if self._world.is_tracing:
             self._world.trace(self.process.name, f"HELD apart from {self.peer_name}")
-        self.pause_reading()
+        self.stall()
         if self.peer is not None:
-            self.peer.pause_reading()
+            self.peer.stall()
 
     def release(self) -> None:
         """Let pass what was held back, and all that follows."""
-        self.resume_reading()
+        self.unstall()
         if self.peer is not None:
-            self.peer.resume_reading()
+            self.peer.unstall()
+
+    def stall(self) -> None:
+        """Read nothing at this end, whatever comes."""
+        self._is_held = True
+
+    def unstall(self) -> None:
+        """Read on."""
+        self._is_held = False
+        self._arm()
+
+    def dawdle(self, pace_us: int) -> None:
+        """Take so long over each frame from now on; 0: read as fast as may be."""
+        self._pace_us = pace_us
 
     def abandon(self) -> None:
         """Its process is dead."""
         self._is_closed = True
+        self._drop_unsent()
         self._forget()
         if self.peer is not None:
             self.peer.lose(is_whole=False)
@@ -430,10 +484,30 @@ class Transport:
             return
         if self._world.is_tracing:
             self._world.trace(self.process.name, f"-> {peer.process.name}: {describe(frame)}")
-        peer._deliver(frame)
-        if peer.unread > self._write_high and not self._is_write_paused:
+        if peer.unread < KERNEL_BYTES and not self._unsent:
+            peer._deliver(frame)
+            return
+        self._unsent.append(frame)
+        self._unsent_bytes += len(frame.payload)
+        if self._unsent_bytes > self._write_high and not self._is_write_paused:
             self._is_write_paused = True
             self.listener.pause_writing()
+
+    def _flush(self, room: int) -> None:
+        """Send what waits in the write buffer, as long as there is room for it."""
+        peer = self.peer
+        assert peer is not None
+        while self._unsent and peer.unread < room:
+            frame = self._unsent.popleft()
+            self._unsent_bytes -= len(frame.payload)
+            peer._deliver(frame)
+        if self._is_write_paused and self._unsent_bytes <= self._write_high // 4 and not self._is_closed:
+            self._is_write_paused = False
+            self.process.soon(Handle(self.listener.resume_writing, (), None))
+
+    def _drop_unsent(self) -> None:
+        self._unsent.clear()
+        self._unsent_bytes = 0
 
     def _deliver(self, frame: Frame, late_us: int = 0) -> None:
         """Put something on the way to this end."""
@@ -449,19 +523,22 @@ class Transport:
 
     def _arm(self) -> None:
         """Have this end read when something has come."""
-        if self._arriving and not self._is_armed and not self._is_held:
+        if self._arriving and not (self._is_armed or self._is_held or self._is_reading_paused):
             self._is_armed = True
             due_us = self._arriving[0][0]
             if due_us <= self._world.now_us:
                 due_us = self._world.now_us + self._wires.draw_delay_us()
-            self._world.at(due_us, self.process.receive, self._read_handle)
+            self._world.at(due_us + self._pace_us, self.process.receive, self._read_handle)
 
     def _read(self) -> None:
         """Hand over what has come. What came together is handed over together, as picows does, whatever happens."""
+        self._is_armed = False
+        if self._is_held or self._is_reading_paused:
+            return
         now_us = self._world.now_us
         arriving = self._arriving
         came = 0
-        while arriving and arriving[0][0] <= now_us and not self._is_held:
+        while arriving and arriving[0][0] <= now_us and not (came and self._pace_us):
             frame = arriving.popleft()[1]
             came += len(frame.payload)
             try:
@@ -479,13 +556,9 @@ class Transport:
                 self.send_close(_INTERNAL_ERROR)
                 self.disconnect()
         self.unread -= came
-        self._is_armed = False
-        if arriving:
-            self._arm()
-        peer = self.peer
-        if peer is not None and peer._is_write_paused and self.unread <= peer._write_high // 4:
-            peer._is_write_paused = False
-            peer.process.soon(Handle(peer.listener.resume_writing, (), None))
+        if self.peer is not None and self.peer._unsent:
+            self.peer._flush(KERNEL_BYTES)
+        self._arm()
 
     def _lost(self) -> None:
         """The connection is over for this end."""

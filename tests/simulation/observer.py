@@ -1,19 +1,25 @@
-"""What the simulator knows of an engine beside its clients: when its shards were out, and when bids were taken up.
+"""What the simulator knows of an engine beside its clients: when its shards were out, when bids were taken up, and how
+often it had more to do than it could.
 
-`start_shard` makes shards and journals of these classes in a simulated world; they are the real ones, looked at.
+In a simulated world shards, journals, links, topics and sockets are of these classes: the real ones, looked at.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 from uuid import UUID
 
-from actors import bootstrap
+from actors import bootstrap, link
 from actors.journal import EntityRow, Life, PostgresJournal, Row
-from actors.messages import Request
+from actors.messages import Published, Request
 from actors.shard import Outlet, Shard
 from engine.commands import PlaceBid, command_id
+from engine.limits import RESUME_EVENTS_MAX
+from gateway import fanout
+from gateway.socket import ClientSocket
+from gateway.topic import Memory
 from tests.simulation.postgres import SimulatedPostgres, Table, Values
 from tests.simulation.world import Process, World
 
@@ -49,6 +55,8 @@ class Observer:
         """Until when an owner pays an outage back just now."""
         self.at_write: dict[Process, Callable[[], None]] = {}
         """What is to happen when a process next appends events, once."""
+        self.strained: Counter[str] = Counter()
+        """How often there was more than a bound allows, by what came of it."""
         self._shards: dict[int, _Shard] = {}
         self._columns = postgres.tables["shards"].columns
         postgres.on_commit = self._committed
@@ -110,5 +118,58 @@ class ObservedShard(Shard):
         super().take(requests, outlet)
 
 
+class ObservedEnd(link._ShardEnd):
+    """A shard's end of a link that says when it cannot get rid of what it has to tell."""
+
+    def pause_writing(self) -> None:
+        Observer.here().strained["gateway behind"] += 1
+        super().pause_writing()
+
+    def _check_budget(self) -> None:
+        was_gone = self._transport.underlying_transport.is_closing()
+        super()._check_budget()
+        if self._transport.underlying_transport.is_closing() and not was_gone:
+            Observer.here().strained["gateway cut off"] += 1
+
+
+class ObservedMemory(Memory):
+    """A gateway's memory of a topic that says when it is asked for more than it holds."""
+
+    __slots__ = ()
+
+    def add(self, published: Published) -> None:
+        if published.events is None:
+            Observer.here().strained["events folded on a link"] += 1
+        super().add(published)
+
+    def events_after(self, since: int) -> bytes | None:
+        found = super().events_after(since)
+        if found is None and 0 < self.seq - since <= RESUME_EVENTS_MAX:
+            Observer.here().strained["events no longer at the gateway"] += 1
+        return found
+
+
+class ObservedSocket(ClientSocket):
+    """A socket that says when its client does not read, and when it reads nothing itself."""
+
+    __slots__ = ()
+
+    def pause_writing(self) -> None:
+        Observer.here().strained["client behind"] += 1
+        super().pause_writing()
+
+    def close_as_too_slow(self) -> None:
+        if not self._is_closing:
+            Observer.here().strained["client closed as too slow"] += 1
+        super().close_as_too_slow()
+
+    def _let_rest(self) -> None:
+        if self._rest is None:
+            Observer.here().strained["client told busy"] += 1
+        super()._let_rest()
+
+
 bootstrap.PostgresJournal = ObservedJournal  # type: ignore[attr-defined]
 bootstrap.Shard = ObservedShard  # type: ignore[attr-defined]
+link._ShardEnd = ObservedEnd  # type: ignore[misc]
+fanout.Memory = ObservedMemory  # type: ignore[attr-defined]

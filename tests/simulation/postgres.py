@@ -775,7 +775,10 @@ class Pool:
         finally:
             # Whoever is cancelled must not keep it.
             if not self.process.is_dead:
-                await asyncio.shield(self._release(connection, timeout))
+                releasing = asyncio.ensure_future(self._release(connection, timeout))
+                # If it fails then, the connection is ended, and nobody needs to hear of it.
+                releasing.add_done_callback(lambda task: task.cancelled() or task.exception())
+                await asyncio.shield(releasing)
 
     async def fetch(self, query: str, *args: Any, timeout: float | None = None) -> list[Record]:
         async with self.acquire() as connection:

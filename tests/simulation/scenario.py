@@ -16,12 +16,14 @@ from tests.simulation.checker import Outage, check
 from tests.simulation.client import Client, Lot
 from tests.simulation.history import Answered, Asked, Record, Sent, verdict
 from tests.simulation.house import SHARDS, House
-from tests.simulation.network import Wires
+from tests.simulation.network import Transport, Wires
 from tests.simulation.postgres import SLOW_CHANCE, SLOW_EXECUTION_US
 from tests.simulation.world import SECOND_US, START_US, Process, World
 
 _SETTLE_S: Final = 240
 """Long enough for the longest outage to be paid back, and every auction to end."""
+_COUNT_S: Final = 60
+"""Long enough for those who watch to be counted, and told, once the longest pause is over."""
 _CLOCK_ERROR_MS: Final = 20
 """So far at most the clocks of processes are from Postgres's."""
 _BROKEN_CLOCK_ERROR_MS: Final = 2_000
@@ -40,6 +42,8 @@ class Result(NamedTuple):
     commands: int
     faults: dict[str, int]
     """How often each kind of fault happened."""
+    strained: dict[str, int]
+    """How often there was more than a bound allows, by what came of it."""
     events: int
     """In the journal, at the end."""
     simulated_s: float
@@ -58,6 +62,7 @@ def run(seed: int, on_trace: Callable[[str], None] | None = None) -> Result:
         violations=violations,
         commands=scenario.commands,
         faults=scenario.nemesis.done,
+        strained=dict(scenario.house.observer.strained),
         events=len(scenario.house.postgres.rows()),
         simulated_s=simulated_s,
     )
@@ -103,9 +108,14 @@ class Scenario:
         self.nemesis.plan(self.acts_s)
         world.run(START_US + int(self.acts_s * SECOND_US))
         self.nemesis.heal()
-        deadline_us = world.now_us + _SETTLE_S * SECOND_US
-        while not self._is_settled() and world.now_us < deadline_us:
-            world.run(world.now_us + SECOND_US // 5)
+        self._wait(_SETTLE_S, self._is_settled)
+        # Meanwhile somebody may place a last bid.
+        self._wait(_COUNT_S, lambda: self._is_settled() and self._is_counted())
+
+    def _wait(self, longest_s: int, is_so: Callable[[], bool]) -> None:
+        deadline_us = self.world.now_us + longest_s * SECOND_US
+        while not is_so() and self.world.now_us < deadline_us:
+            self.world.run(self.world.now_us + SECOND_US // 5)
 
     def judge(self) -> list[str]:
         """All that is wrong."""
@@ -121,7 +131,8 @@ class Scenario:
             outages=self._outages(),
             taken=self.house.observer.taken,
             clock_error_ms=self.nemesis.clock_error_ms,
-            is_calm=not self.nemesis.done,
+            is_calm=not self.nemesis.done and not self.house.observer.strained["gateway cut off"],
+            watching=self._viewers().keys(),
         )
         violations += [str(violation) for violation in found]
         if not self._is_settled():
@@ -135,6 +146,15 @@ class Scenario:
 
     def _is_settled(self) -> bool:
         return all(client.is_settled for client in self.clients)
+
+    def _is_counted(self) -> bool:
+        """Whether all clients watch all auctions, and were told that so many do."""
+        viewers = self._viewers()
+        everybody = len(self.clients)
+        return len(viewers) == everybody * len(self._lots) and all(told == everybody for told in viewers.values())
+
+    def _viewers(self) -> dict[tuple[str, int, UUID], int]:
+        return {key: told for client in self.clients for key, told in client.viewers.items()}
 
     def _outages(self) -> list[Outage]:
         of_shard = {
@@ -344,7 +364,11 @@ class Nemesis:
             "gateway paused": self._pause_gateway,
             "link cut": self._cut_link,
             "link silent": self._silence_link,
+            "gateway reads its link slowly": self._slow_link,
+            "gateway stops reading its link": self._stall_link,
             "client cut off": self._cut_client,
+            "client reads slowly": self._slow_client,
+            "client stops reading": self._stall_client,
             "database crashed": self._crash_database,
             "power cut": self._cut_power,
             "power cut in a write": self._cut_power_in_write,
@@ -520,25 +544,60 @@ class Nemesis:
 
     # The network
 
-    def _cut_link(self) -> bool:
-        links = [end for end in self._wires.connections if end.is_open and end.process is not self.people]
-        if links:
-            self._random.choice(links).cut(self._random.choice((0, 0, 300_000)))
-        return bool(links)
+    def _pick_link(self) -> Transport | None:
+        """A link, by the gateway's end."""
+        return self._pick_end([end for end in self._wires.connections if end.process is not self.people])
 
-    def _silence_link(self) -> bool:
-        links = [end for end in self._wires.connections if end.is_open and end.process is not self.people]
-        if links:
-            end = self._random.choice(links)
-            end.hold()
-            self._later(0.2, 4, end.release)
-        return bool(links)
+    def _pick_client(self) -> Transport | None:
+        """A client's connection, by its own end."""
+        return self._pick_end([end for end in self._wires.connections if end.process is self.people])
+
+    def _pick_end(self, ends: list[Transport]) -> Transport | None:
+        ends = [end for end in ends if end.is_open]
+        return self._random.choice(ends) if ends else None
+
+    def _cut_link(self) -> bool:
+        return self._cut(self._pick_link())
 
     def _cut_client(self) -> bool:
-        ends = [end for end in self._wires.connections if end.is_open and end.process is self.people]
-        if ends:
-            self._random.choice(ends).cut(self._random.choice((0, 0, 300_000)))
-        return bool(ends)
+        return self._cut(self._pick_client())
+
+    def _cut(self, end: Transport | None) -> bool:
+        if end is not None:
+            end.cut(self._random.choice((0, 0, 300_000)))
+        return end is not None
+
+    def _silence_link(self) -> bool:
+        end = self._pick_link()
+        if end is not None:
+            end.hold()
+            self._later(0.2, 4, end.release)
+        return end is not None
+
+    def _slow_link(self) -> bool:
+        return self._dawdle(self._pick_link())
+
+    def _slow_client(self) -> bool:
+        return self._dawdle(self._pick_client())
+
+    def _dawdle(self, end: Transport | None) -> bool:
+        if end is not None:
+            end.dawdle(self._random.choice((10_000, 50_000, 200_000)))
+            self._later(0.5, 4, end.dawdle, 0)
+        return end is not None
+
+    def _stall_link(self) -> bool:
+        """Hardly long enough for the link to be given up."""
+        return self._stall(self._pick_link(), 1.1)
+
+    def _stall_client(self) -> bool:
+        return self._stall(self._pick_client(), 4)
+
+    def _stall(self, end: Transport | None, longest_s: float) -> bool:
+        if end is not None:
+            end.stall()
+            self._later(longest_s / 5, longest_s, end.unstall)
+        return end is not None
 
     def _slow_network(self) -> bool:
         self._wires.delay_us = (50, self._random.choice((10_000, 100_000)))
@@ -576,14 +635,18 @@ class Nemesis:
         return process is not None
 
     def _part_and_cut(self) -> bool:
-        """A shard loses Postgres, and then its links: what is on its way is sent again to one that is away."""
+        """A shard loses Postgres in a write, then its links: what is on its way is sent again to one that is away."""
         process = self._pick_running()
         if process is None:
             return False
-        self._lose_database_for(process, self._random.uniform(3.5, 6))
-        cut_s = self._random.uniform(2.2, 3)
-        for gateway in self.house.gateways:
-            self._later(cut_s, cut_s, self._cut_all, process, gateway.process)
+
+        def strike() -> None:
+            self._later(0.0, 0.004, self._lose_database_for, process, self._random.uniform(3.5, 6))
+            cut_s = self._random.uniform(2.2, 3)
+            for gateway in self.house.gateways:
+                self._later(cut_s, cut_s, self._cut_all, process, gateway.process)
+
+        self._at_write(process, strike)
         return True
 
     def _lose_database_for(self, process: Process, duration_s: float) -> None:

@@ -20,7 +20,7 @@ from engine.notices import notices
 from engine.public import encode_snapshot
 from engine.rejections import Rejection
 from gateway.wire import Subscribed as Subscription
-from gateway.wire import encode_ack, encode_events, encode_notice, encode_rejected, encode_subscribed
+from gateway.wire import encode_ack, encode_events, encode_notice, encode_rejected, encode_state, encode_subscribed
 from tests.engine.oracle import Course, Oracle, Rules, SoftCloseRule
 from tests.engine.support import ADMIN, ANNA, AUCTION, BEN, CLEO, MAKER, NOW, REQUEST, SOFT_CLOSE, make_terms
 from tests.simulation.checker import Outage, Violation, check
@@ -30,12 +30,15 @@ from tests.simulation.history import (
     Connected,
     Events,
     Notice,
+    Presence,
     Record,
     Sent,
     Standings,
+    State,
     Subscribed,
     Subscribing,
     Verdict,
+    state,
     subscribed,
     verdict,
 )
@@ -60,7 +63,11 @@ class House:
         self.rows: list[Row] = []
         self.history: list[Record] = []
         self.now = NOW
+        self.watching: list[tuple[str, int, UUID]] = []
+        """Who watches at the end."""
         self._watchers: dict[str, int] = {}
+        self._behind: dict[str, list[dict[str, Any]]] = {}
+        """Who does not read, and what it is to be told of all the same."""
         self._followers: list[str] = []
         self._bids = 0
 
@@ -129,6 +136,23 @@ class House:
     def leave(self, name: str) -> None:
         del self._watchers[name]
 
+    def fall_behind(self, name: str) -> None:
+        self._behind[name] = []
+
+    def catch_up(self, name: str) -> None:
+        assert self.entity.state is not None
+        kept = ",".join(map(json.dumps, self._behind.pop(name)))
+        snapshot = encode_snapshot(self.entity.state)
+        message = json.loads(encode_state(AUCTION, self.entity.seq, snapshot, kept.encode()))
+        self.history.append(state(name, self._watchers[name], message, self.now))
+
+    def count(self) -> None:
+        """Tell all who watch how many they are."""
+        self.watching = [(name, connection, AUCTION) for name, connection in self._watchers.items()]
+        for name, connection, auction in self.watching:
+            told: dict[str, Any] = {"client": name, "connection": connection, "auction": auction}
+            self.history.append(Presence(**told, viewers=len(self.watching), at=self.now))
+
     def pay_back(self, down: int, back: int) -> None:
         self.now = back
         self.execute_due()
@@ -170,6 +194,9 @@ class House:
             known_by = private = None
         for name, connection in self._watchers.items():
             events = json.loads(encode_events(AUCTION, b",".join(public)))["events"]
+            if name in self._behind:
+                self._behind[name] += [event for event in events if event["kind"] == "extended"]
+                continue
             self.history.append(Events(client=name, connection=connection, auction=AUCTION, events=events, at=self.now))
         for notice in told:
             for name in self._followers:
@@ -202,19 +229,23 @@ def a_good_run() -> House:
     house.bid("cleo", 6_000)
     house.watch("guest", since=4, connection=2)
     house.send("cleo", first, 9_999, connection=2)
+    house.watch("ben")
+    house.fall_behind("ben")
     house.pay_back(DOWN, BACK)
     house.now = END + 5_000
     house.bid("anna", 5_000)
+    house.catch_up("ben")
     house.watch("anna", connection=2)
     house.now = END + 200_000
     house.execute_due()
     house.bid("ben", 20_000)
+    house.count()
     return house
 
 
 def judged(house: House, **changes: Any) -> list[Violation]:
     arguments: dict[str, Any] = {"true_time": True, "outages": [Outage({AUCTION}, DOWN, BACK)]} | changes
-    return check(house.history, house.rows, **arguments)
+    return check(house.history, house.rows, watching=house.watching, **arguments)
 
 
 def test_a_good_history_passes() -> None:
@@ -322,6 +353,7 @@ def reseal(house: House) -> None:
 
 def without_clients(house: House) -> None:
     house.history.clear()
+    house.watching.clear()
 
 
 def break_chain(house: House) -> None:
@@ -414,6 +446,52 @@ def alter_snapshot(house: House) -> None:
     assert isinstance(record, Subscribed)
     assert record.snapshot
     record.snapshot["minimum"] += 1
+
+
+def alter_state(house: House) -> None:
+    record = house.history[find(house, State)]
+    assert isinstance(record, State)
+    record.snapshot["price"] += 1
+
+
+def drop_kept(house: House) -> None:
+    """Ben is not told that the end moved."""
+    record = house.history[find(house, State)]
+    assert isinstance(record, State)
+    del record.events[0]
+
+
+def state_ahead(house: House) -> None:
+    """Ben is shown a later state, and the events in between after it."""
+    record = house.history[find(house, State)]
+    last = house.history[find(house, Events, -1, client="ben")]
+    assert isinstance(record, State)
+    assert isinstance(last, Events)
+    house.history[find(house, State)] = replace(record, seq=last.events[0]["seq"])
+
+
+def repeat_state(house: House) -> None:
+    place = find(house, State)
+    house.history.insert(place, house.history[place])
+
+
+def event_after_its_state(house: House) -> None:
+    """Ben is shown the state, and then an event that it covers."""
+    event = house.history[find(house, Events, -1, client="anna", connection=1)]
+    house.history.insert(find(house, State) + 1, replace(event, client="ben"))
+
+
+def state_without_subscription(house: House) -> None:
+    del house.history[find(house, Subscribed, client="ben")]
+
+
+def count_before_subscription(house: House) -> None:
+    """Cleo, who does not watch, is told how many do."""
+    house.history.append(replace(house.history[find(house, Presence)], client="cleo"))
+
+
+def count_for_nobody(house: House) -> None:
+    del house.history[find(house, Presence)]
 
 
 def alter_you(house: House) -> None:
@@ -560,6 +638,18 @@ DOCTORED: list[tuple[str, Doctor]] = [
     ("stream", alter_you),
     ("stream", you_of_another),
     ("stream", stale_snapshot),
+    ("stream", alter_state),
+    ("stream", drop_kept),
+    ("stream", change(State, events=[])),
+    ("stream", change(State, seq=99)),
+    ("stream", state_ahead),
+    ("stream", repeat_state),
+    ("stream", event_after_its_state),
+    ("stream", state_without_subscription),
+    ("stream", count_before_subscription),
+    ("stream", change(Presence, viewers=-1)),
+    ("presence", change(Presence, viewers=2)),
+    ("presence", count_for_nobody),
     ("price", change_event(BidPlaced, 1, price=900)),
     ("price", change_event(BidPlaced, 1, bids=1)),
     ("oracle", change_event(BidPlaced, 1, price=2_400)),

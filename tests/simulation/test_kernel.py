@@ -19,7 +19,7 @@ from actors.database import ERRORS
 from actors.directory import Directory, slot_of
 from actors.journal import EntityRow, Fenced, PostgresJournal, Private, Refused, Row, SnapshotRow, Unsettled
 from engine.limits import LINK_GREETING_MS, SLOTS
-from tests.simulation.network import BINARY, PING, PONG, Frame, SimulatedNetwork, Transport, Wires
+from tests.simulation.network import BINARY, KERNEL_BYTES, PING, PONG, TEXT, Frame, SimulatedNetwork, Transport, Wires
 from tests.simulation.postgres import SimulatedPostgres, UnknownSQL, compiled
 from tests.simulation.world import SECOND_US, Guest, Process, ProcessDied, World
 
@@ -237,13 +237,14 @@ def test_what_nobody_handles_is_a_fault(seed: int) -> None:
     assert {fault.process for fault in world.faults} == {"one"}
 
 
-def test_random_bytes_and_ids_follow_from_the_seed(seed: int) -> None:
+def test_random_bytes_ids_and_numbers_follow_from_the_seed(seed: int) -> None:
     found = []
     for _ in range(2):
         with World(seed):
-            found.append((os.urandom(8), uuid4()))
+            found.append((os.urandom(8), uuid4(), random.random()))
     assert found[0] == found[1]
     assert os.urandom(8) != found[0][0]
+    assert random.random() != found[0][2]
 
 
 # The network
@@ -434,21 +435,112 @@ def test_the_dead_refuse_and_the_paused_do_not_answer(seed: int) -> None:
     assert world.faults == []
 
 
+def fill(transport: Transport, bytes_waiting: int) -> None:
+    """Send what the kernels hold, and so much more that waits in the write buffer."""
+    for _ in range((KERNEL_BYTES + bytes_waiting) // 100):
+        transport.send(BINARY, bytes(100))
+
+
 def test_who_writes_more_than_is_read_is_told(seed: int) -> None:
     with World(seed) as world:
         pair = Pair(world)
         here = pair.connect()
-        here.transport.underlying_transport.set_write_buffer_limits(high=1_000)
+        transport = here.transport.underlying_transport
+        transport.set_write_buffer_limits(high=1_000)
         pair.server.pause()
-        for _ in range(20):
-            here.transport.send(BINARY, bytes(100))
+        fill(transport, 1_000)
+        assert transport.get_write_buffer_size() == 1_000
+        assert here.calls == ["connected"]
+        transport.send(BINARY, bytes(100))
         later(world, 1)
-        assert here.transport.underlying_transport.get_write_buffer_size() == 2_000
+        assert transport.get_write_buffer_size() == 1_100
         assert here.calls == ["connected", "pause"]
         pair.server.resume()
         later(world, 1)
-        assert here.transport.underlying_transport.get_write_buffer_size() == 0
+        assert transport.get_write_buffer_size() == 0
         assert here.calls == ["connected", "pause", "resume"]
+        assert len(pair.listeners[0].frames) == KERNEL_BYTES // 100 + 11
+
+
+def test_who_reads_slowly_gets_all_in_order_one_after_another(seed: int) -> None:
+    with World(seed) as world:
+        pair = Pair(world)
+        here = pair.connect()
+        there = pair.listeners[0]
+        there.transport.dawdle(SECOND_US)
+        send_numbers(here.transport, 10)
+        later(world, 3.5)
+        assert numbers(there.frames) in ([0, 1, 2], [0, 1])
+        there.transport.stall()
+        later(world, 5)
+        assert len(there.frames) <= 4
+        there.transport.unstall()
+        there.transport.dawdle(0)
+        later(world, 5)
+        assert numbers(there.frames) == list(range(10))
+
+
+def test_who_reads_nothing_for_a_while_gets_it_later(seed: int) -> None:
+    with World(seed) as world:
+        pair = Pair(world)
+        here = pair.connect()
+        reader = pair.listeners[0].transport.underlying_transport
+        reader.pause_reading()
+        # A fault that comes and goes meanwhile does not have it read on, nor the other way round.
+        reader.stall()
+        reader.unstall()
+        send_numbers(here.transport, 5)
+        later(world, 5)
+        assert pair.listeners[0].frames == []
+        reader.stall()
+        reader.resume_reading()
+        later(world, 5)
+        assert pair.listeners[0].frames == []
+        reader.unstall()
+        later(world, 5)
+        assert numbers(pair.listeners[0].frames) == list(range(5))
+        assert not reader.is_closing()
+        here.transport.disconnect()
+        later(world, 1)
+        assert reader.is_closing()
+        with pytest.raises(RuntimeError):
+            reader.pause_reading()
+    assert world.faults == []
+
+
+def test_what_waits_in_a_write_buffer_is_lost_with_its_process_and_sent_before_an_end(seed: int) -> None:
+    for is_killed, frames in ((True, KERNEL_BYTES // 100), (False, KERNEL_BYTES // 100 + 10)):
+        with World(seed) as world:
+            pair = Pair(world)
+            here = pair.connect()
+            pair.server.pause()
+            fill(here.transport, 1_000)
+            later(world, 1)
+            if is_killed:
+                pair.client.kill()
+            else:
+                here.transport.disconnect()
+            pair.server.resume()
+            later(world, 5)
+            assert len(pair.listeners[0].frames) == frames
+            assert pair.listeners[0].calls == ["connected", "disconnected"]
+        assert world.faults == []
+
+
+def test_a_text_may_be_written_with_its_header(seed: int) -> None:
+    with World(seed) as world:
+        pair = Pair(world)
+        here = pair.connect()
+        there = pair.listeners[0]
+        for size in (5, 300):
+            here.transport.write(frame_header(size) + bytes(size))
+        later(world, 1)
+        assert there.frames == [repr(TEXT).encode()] * 2
+
+
+def frame_header(size: int) -> bytes:
+    """A short text's (RFC 6455, section 5.2)."""
+    return bytes((0x81, size)) if size < 126 else bytes((0x81, 126)) + size.to_bytes(2, "big")
 
 
 # Postgres

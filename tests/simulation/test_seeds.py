@@ -13,6 +13,16 @@ from tests.simulation.mutants import MUTANTS, Mutant
 FRESH_SEEDS = 300
 MUTANT_SEEDS = 500
 JOBS = 2
+STRAINS = {
+    "client behind",
+    "client closed as too slow",
+    "client told a state",
+    "client told busy",
+    "events folded on a link",
+    "events no longer at the gateway",
+    "gateway behind",
+    "gateway cut off",
+}
 
 
 def first_failure(seeds: range, mutant: str | None) -> dict[str, Any] | None:
@@ -41,6 +51,7 @@ def test_fresh_seeds_are_clean() -> None:
     # Clean, though a lot went wrong.
     assert tally.commands > 100 * FRESH_SEEDS
     assert tally.faults.total() > FRESH_SEEDS
+    assert set(tally.strained) == STRAINS
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.name for mutant in MUTANTS])

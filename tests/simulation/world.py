@@ -7,6 +7,7 @@ kind: tasks, futures, locks and timeouts of the real code run on it unchanged. E
 import asyncio
 import gc
 import os
+import random
 import traceback
 from asyncio import events
 from collections import deque
@@ -62,11 +63,13 @@ class World:
         self._is_stopped = False
         self._is_closed = False
         self._urandom = os.urandom
+        self._random_state = random.getstate()
         self._is_collecting = gc.isenabled()
 
     def __enter__(self) -> Self:
-        """Make the random bytes of the real code (and its `uuid4`) follow from the seed."""
+        """Make the random bytes of the real code (and its `uuid4`), and its random numbers, follow from the seed."""
         os.urandom = Random(f"bytes {self.seed}").randbytes
+        random.seed(f"numbers {self.seed}")
         # When garbage is collected must not matter: not while the world runs, and then only what it left.
         gc.disable()
         return self
@@ -76,6 +79,7 @@ class World:
     ) -> None:
         self.close()
         os.urandom = self._urandom
+        random.setstate(self._random_state)
         if self._is_collecting:
             gc.enable()
 
