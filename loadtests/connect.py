@@ -19,8 +19,8 @@ IDLE_S: Final = 2 * HEARTBEAT_MS / SECOND_MS
 """Whole heartbeats, so that the pings and pongs of each socket are in it."""
 QUICK_IDLE_S: Final = 0.5
 SETTLE_S: Final = 1.0
-RECONNECT_RATE: Final = 10
-"""Bids a second while sockets come back."""
+RECONNECT_RATE: Final = 2
+"""Bids a second while sockets come back, each of which goes to all that are back already."""
 RECONNECT_MAX_S: Final = 60.0
 DOORS: Final = ("gateway", "server")
 """The roles of processes that hold sockets."""

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from gavel.bench import measure_with_progress, print_failures
 from loadtests import benchmark
 from loadtests.benchmark import Stand, measure, plan
 from loadtests.measured import BROKE_OFF, LEFT_OUT, LoadFailed, Options, Run
@@ -73,3 +74,28 @@ def test_a_peer_that_cannot_run_is_left_out(monkeypatch: pytest.MonkeyPatch) -> 
     (left_out,) = runs
     assert (left_out.subject, left_out.load) == ("ws", LEFT_OUT)
     assert left_out.notes == ["ws was left out, for Node is missing."]
+
+
+@pytest.mark.parametrize("figure", ["lost", "counted_twice", "missing"])
+def test_what_gavel_must_never_do_is_a_failure(figure: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert print_failures([Run("recover", "gavel", "kills", 0, figures={figure: 0})]) == 0
+    assert print_failures([Run("fanout", "ws", "20 bids/s", 0, figures={figure: 2})]) == 0
+    assert capsys.readouterr().err == ""
+    assert print_failures([Run("recover", "gavel", "kills", 0, figures={figure: 2})]) == 1
+    assert capsys.readouterr().err == f"recover, kills, run 1: 2 {figure.replace('_', ' ')}.\n"
+
+
+def test_what_was_measured_is_kept_when_a_benchmark_is_ended() -> None:
+    class IsEnded(Scenario):
+        def run(self, subject: Any, options: Options) -> list[Run]:
+            raise KeyboardInterrupt
+
+    kept: list[str] = []
+    scenarios = (Measures("bids", ""), IsEnded("fanout", ""), Measures("connect", ""))
+    stands = [Stand("gavel", 0, (scenario,)) for scenario in scenarios]
+    nobody: Any = object()
+    with pytest.raises(KeyboardInterrupt):
+        measure_with_progress(
+            stands, None, lambda runs: kept.append(" ".join(run.load for run in runs)), is_quick=False
+        )
+    assert kept == ["a load", "a load"]
