@@ -96,6 +96,6 @@ def test_what_was_measured_is_kept_when_a_benchmark_is_ended() -> None:
     nobody: Any = object()
     with pytest.raises(KeyboardInterrupt):
         measure_with_progress(
-            stands, None, lambda runs: kept.append(" ".join(run.load for run in runs)), is_quick=False
+            stands, nobody, lambda runs: kept.append(" ".join(run.load for run in runs)), is_quick=False
         )
     assert kept == ["a load", "a load"]
