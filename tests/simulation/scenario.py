@@ -503,7 +503,7 @@ class Nemesis:
         self._later(0.52, 0.6, self._cut_all, process, gateway)
         for end in self._wires.of_process(self.people):
             self._later(0.6, 1.1, end.cut)
-        for _ in range(6):
+        for _ in range(24):
             self._later(0.65, 1.1, self._call, process)
         return True
 
