@@ -230,6 +230,9 @@ class People:
             raise _Refused(UNAVAILABLE) from None
         asked = [auction for auction in auctions if self._shards.shard_of(auction) in shards]
         answers = await asyncio.gather(*(self._shards.ask(GetAuction(auction, user)) for auction in asked))
+        if self._people.get(user) is not person:
+            # It left, and perhaps came back: what is news beside its old standings is none to those who came.
+            return
         for answer in answers:
             if isinstance(answer, AuctionView):
                 self._update(user, person, answer)

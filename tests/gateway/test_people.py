@@ -578,3 +578,25 @@ async def test_who_left_meanwhile_is_not_asked_for(hall: Hall) -> None:
     hall.on_followed.pop()(Followed())
     await quiet()
     assert hall.asked == []
+
+
+async def test_who_left_and_came_back_is_not_told_once_more(hall: Hall, monkeypatch: pytest.MonkeyPatch) -> None:
+    hall.bids(ANNA, view(5))
+    leaving = await hall.follow()
+    ask, go_on = hall.ask, asyncio.Event()
+
+    async def ask_slowly(payload: Payload) -> Answer:
+        await go_on.wait()
+        return await ask(payload)
+
+    monkeypatch.setattr(hall, "ask", ask_slowly)
+    await hall.reopen()
+    monkeypatch.setattr(hall, "ask", ask)
+    hall.people.drop(leaving)
+    hall.bids(ANNA, view(6, leads=False))
+    socket = await hall.follow()
+    assert socket.log == [[standing(leads=False)]]
+    hall.bids(ANNA, view(7, leads=False))
+    go_on.set()
+    await quiet()
+    assert len(socket.log) == 1
