@@ -348,13 +348,7 @@ class Client:
                 )
                 self._follow(auction, message["events"])
             case "state":
-                Observer.here().strained["client told a state"] += 1
-                record = state(self.name, self._connection, message, at=self._now_ms())
-                self._history.append(record)
-                self._know(record.auction, message)
-                self._leads.discard(record.auction)
-                self._follow(record.auction, message["events"])
-                self._seen[record.auction] = record.seq
+                self._take_up(message)
             case "presence":
                 auction = UUID(message["topic"][8:])
                 self._viewers[auction] = message["viewers"]
@@ -404,6 +398,16 @@ class Client:
                 )
             case other:
                 raise AssertionError(f"{other} was not asked for: {message}")
+
+    def _take_up(self, message: Message) -> None:
+        """Go on from a state, which stands for all that was folded into it."""
+        Observer.here().strained["client told a state"] += 1
+        record = state(self.name, self._connection, message, at=self._now_ms())
+        self._history.append(record)
+        self._know(record.auction, message)
+        self._leads.discard(record.auction)
+        self._follow(record.auction, message["events"])
+        self._seen[record.auction] = record.seq
 
     def _subscribe_again(self, lot: Lot, connection: int) -> None:
         if connection == self._connection:
