@@ -146,6 +146,10 @@ LOOKUP_RETRY_MS = 1 * SECOND_MS
 SLOTS = 1_024
 SHARD_LINE_MAX = 8_192
 """Commands that a shard holds undecided or uncommitted before it answers `busy`."""
+GATHER_MS = 2
+"""While bids come faster than one a commit, commits begin at least so far apart: half as many, of twice the size."""
+GATHER_ROWS_MIN = 4
+"""A commit of so many events says that they do."""
 VERDICTS_REMEMBERED = 10_000
 AWAKE_MAX = 10_000
 """Auctions that a shard keeps in memory; the longest unused make room for others."""
