@@ -207,6 +207,8 @@ assert LINK_BATCH_MAX * WATCH_VIEWERS_MAX * 20 <= LINK_FRAME_BYTES_MAX
 # One frame with answers does not make a gateway one that is behind, nor one frame to a socket one that is too slow.
 assert LINK_OUTPUT_BYTES < LINK_FOLD_BYTES < LINK_WRITE_BYTES_MAX
 assert SOCKET_BEHIND_BYTES < SOCKET_WRITE_BYTES_MAX
+# A socket is looked at with each heartbeat: soon enough for what may come nearer meanwhile.
+assert min(TOKEN_GRACE_MS, SOCKET_BEHIND_MS_MAX) > HEARTBEAT_MS
 assert TOPIC_EVENTS_BYTES_MAX < TOPICS_EVENTS_BYTES_MAX
 assert TOPIC_EVENTS_BYTES_MAX + TOPIC_KEPT_BYTES_MAX < SOCKET_WRITE_BYTES_MAX
 assert FOLLOWED_MAX >= SOCKETS_MAX

@@ -265,8 +265,17 @@ class Session:
 
     # What comes with time
 
+    @property
+    def due_at(self) -> int:
+        """When `tick` has something to do, in milliseconds; what the client sends may put it off."""
+        if not self._is_welcomed:
+            return min(self._ping_at, self._opened_at + HELLO_TIMEOUT_MS)
+        if self._identity is None:
+            return self._ping_at
+        return min(self._ping_at, self._identity.expires_at + TOKEN_GRACE_MS + 1)
+
     def tick(self, now: int) -> list[Intent]:
-        """Do what is due; to be called about once a second."""
+        """Do what is due at this time."""
         if self.is_closed:
             return []
         if not self._is_welcomed and now - self._opened_at >= HELLO_TIMEOUT_MS:

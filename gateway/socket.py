@@ -59,6 +59,7 @@ from gateway.session import (
     Unsubscribe,
     Verify,
 )
+from gateway.slices import Slices
 from gateway.wire import Standing, Subscribed
 
 logger = logging.getLogger(__name__)
@@ -159,18 +160,18 @@ class Sockets:
         """While it is, nobody is let in."""
         self._rates = rates or Rates()
         self._open: dict[ClientSocket, Visit] = {}
+        self._due: dict[int, dict[ClientSocket, None]] = {}
+        """Those for which something is due, by the second. So a tick costs nothing for all others."""
+        self._slices = Slices()
 
     def __len__(self) -> int:
         return len(self._open)
 
     def tick(self, now: int) -> None:
-        """Let each socket do what is due; to be called about once a second."""
-        for socket in tuple(self._open):
-            try:
-                socket.tick(now)
-            except Exception:
-                # One client's trouble is not another's.
-                logger.exception("a socket's tick failed")
+        """Let sockets do what is due; to be called about once a second."""
+        for second in sorted(self._due):
+            if second * SECOND_MS <= now:
+                self._slices.run(tuple(self._due.pop(second)), partial(self._tick, now=now))
 
     def drain(self) -> None:
         """Close all sockets, and whatever still connects: this gateway is going away."""
@@ -185,6 +186,7 @@ class Sockets:
         visit = self._rates.enter(address, now)
         if visit is not None:
             self._open[socket] = visit
+            self._schedule(socket)
         return visit
 
     def discard(self, socket: "ClientSocket") -> None:
@@ -192,6 +194,19 @@ class Sockets:
         visit = self._open.pop(socket, None)
         if visit is not None:
             self._rates.leave(visit)
+            self._due.get(socket.due_s, {}).pop(socket, None)
+
+    def _tick(self, socket: "ClientSocket", now: int) -> None:
+        if socket in self._open:
+            try:
+                socket.tick(now)
+            finally:
+                if socket in self._open:
+                    self._schedule(socket)
+
+    def _schedule(self, socket: "ClientSocket") -> None:
+        socket.due_s = -(-socket.due_at // SECOND_MS)
+        self._due.setdefault(socket.due_s, {})[socket] = None
 
 
 def make_protocol(
@@ -240,11 +255,14 @@ class ClientSocket(WSListener):
         "_session",
         "_sockets",
         "_visit",
+        "due_s",
         "is_behind",
         "transport",
     )
 
     transport: WSTransport
+    due_s: int
+    """In which second its next tick is to come."""
     _visit: Visit
 
     def __init__(
@@ -287,6 +305,12 @@ class ClientSocket(WSListener):
     def close_as_too_slow(self) -> None:
         """Close: the client comes back and asks for what it missed."""
         self._run(self._session.too_slow())
+
+    @property
+    def due_at(self) -> int:
+        """When `tick` has something to do, in milliseconds; what comes meanwhile may put it off."""
+        due_at = self._session.due_at
+        return due_at if self._behind_since is None else min(due_at, self._behind_since + SOCKET_BEHIND_MS_MAX + 1)
 
     def tick(self, now: int) -> None:
         """Do what is due."""

@@ -464,6 +464,24 @@ def test_without_a_sign_of_life_it_closes(guest: Client) -> None:
     assert session.tick(NOW + 60_000) == []
 
 
+def test_it_says_when_it_has_something_to_do() -> None:
+    silent, guest, anna = Client(), Client(""), Client("anna 10")
+    for session, times in (
+        (silent.session, [5_000]),
+        (guest.session, [15_000, 30_000, 45_000]),
+        (anna.session, [15_000, 30_000, 45_000]),
+    ):
+        for time in times:
+            assert session.due_at == NOW + time
+            assert session.tick(NOW + time - 1) == []
+            assert session.tick(NOW + time) != []
+    lasting = Client("anna 10")
+    for late in (15_000, 30_000, 45_000, 60_000):
+        lasting.session.activity()
+        assert lasting.session.tick(NOW + late) == [Ping()]
+    assert lasting.session.due_at == NOW + 70_001
+
+
 @pytest.mark.parametrize("how", ["pong", "message"])
 def test_pongs_and_messages_are_signs_of_life(guest: Client, how: str) -> None:
     for count in range(1, 20):
