@@ -177,7 +177,7 @@ READ_TRIES = 3
 READ_AHEAD_MS = 10 * SECOND_MS
 """So much nearer to its end an auction may come while all of these are read."""
 BUSY_RETRY_MS = 250
-BUSY_REST_MS = 80
+BUSY_REST_MS = 120
 """About so long nothing is read from a socket that was told `busy`; what it sent meanwhile is then read at once."""
 CLOCK_SYNC_MS = MINUTE_MS
 CLOCK_ROUND_TRIP_MS_MAX = 50

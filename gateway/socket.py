@@ -41,7 +41,7 @@ from engine.limits import (
     SOCKET_WRITE_BYTES_MAX,
     SOCKETS_MAX,
 )
-from engine.rejections import BUSY, Rejection
+from engine.rejections import Rejection
 from gateway.rates import Rates, Visit, rate_limited
 from gateway.session import (
     Close,
@@ -249,6 +249,7 @@ class ClientSocket(WSListener):
         "_fragments",
         "_is_closing",
         "_is_paused",
+        "_is_stale",
         "_people",
         "_rest",
         "_router",
@@ -283,6 +284,8 @@ class ClientSocket(WSListener):
         self._fragments: bytearray | None = None
         self._is_closing = False
         self._rest: asyncio.TimerHandle | None = None
+        self._is_stale = False
+        """What is read first came while nothing was read."""
         self._cut: asyncio.TimerHandle | None = None
         self.is_behind = False
         self._behind_since: int | None = None
@@ -354,10 +357,10 @@ class ClientSocket(WSListener):
             data, now = frame.get_payload_as_bytes(), self._clock()
             if retry_after_ms := self._visit.message(now):
                 self._run(self._session.rate_limited(data, retry_after_ms, now))
-            elif self._rest is not None:
-                self._run(self._session.refused(data, BUSY))
             else:
-                self._run(self._session.text_received(data, now))
+                is_stale = self._is_stale and not frame.last_in_buffer
+                self._is_stale = is_stale
+                self._run(self._session.text_received(data, now, is_busy=is_stale or self._rest is not None))
         elif kind == WSMsgType.PING:
             self._count()
             if not self._is_closing:
@@ -482,10 +485,11 @@ class ClientSocket(WSListener):
                 self._let_rest()
 
     def _let_rest(self) -> None:
-        """Read no further for a moment, and take nothing of what was read: too much is going on behind.
+        """Read no further for a moment, and take no bid of what was read: too much is going on behind.
 
-        What comes meanwhile is then read, and refused, at once, at a fraction of the price: what the refusals do not
-        cost is there for the bids that are taken. Not all wake at the same time.
+        What comes meanwhile is then read at once, and all bids but the last are refused, at a fraction of the price:
+        what the refusals do not cost is there for the bids that are taken; and these have not waited long. Not all wake
+        at the same time.
         """
         transport = self.transport.underlying_transport
         if self._rest is None and not transport.is_closing():
@@ -495,6 +499,7 @@ class ClientSocket(WSListener):
 
     def _wake(self) -> None:
         self._rest = None
+        self._is_stale = True
         transport = self.transport.underlying_transport
         if not transport.is_closing():
             transport.resume_reading()
