@@ -24,7 +24,7 @@ from engine.limits import (
     SUBSCRIPTIONS_MAX,
     TOKEN_GRACE_MS,
 )
-from engine.rejections import BUSY, Rejection
+from engine.rejections import Rejection
 from gateway import wire
 from gateway.rates import rate_limited
 from gateway.tokens import Identity, TokenInvalid
@@ -170,8 +170,8 @@ class Session:
 
     # What comes from the client
 
-    def text_received(self, data: bytes, now: int, *, is_busy: bool = False) -> list[Intent]:
-        """Take a whole text message. `is_busy`: no bid can be taken just now."""
+    def text_received(self, data: bytes, now: int) -> list[Intent]:
+        """Take a whole text message."""
         if self.is_closed:
             return []
         self.activity()
@@ -187,7 +187,7 @@ class Session:
             return self._hello_first(message.ref, now)
         match message:
             case wire.Bid():
-                return self._bid(message, is_busy=is_busy)
+                return self._bid(message)
             case wire.Subscribe():
                 return self._subscribe(message)
             case wire.Unsubscribe():
@@ -315,12 +315,10 @@ class Session:
         self._is_welcomed = True
         return [Send(wire.encode_welcome(message.ref, self._connection, identity, now))]
 
-    def _bid(self, message: wire.Bid, *, is_busy: bool) -> list[Intent]:
+    def _bid(self, message: wire.Bid) -> list[Intent]:
         if self._identity is None:
             rejection = Rejection("not_authenticated", "Log in to bid.")
             return [_refusal(message.ref, rejection, message.bid_id)]
-        if is_busy:
-            return [_refusal(message.ref, BUSY, message.bid_id)]
         if self._in_flight >= IN_FLIGHT_MAX:
             text = f"At most {IN_FLIGHT_MAX} bids may wait for their answers."
             return [_error(message.ref, "too_many", text, retry_after_ms=BUSY_RETRY_MS)]

@@ -29,6 +29,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from actors.messages import Answer, Payload
 from engine.limits import (
+    BUSY_READ_MS,
     BUSY_REST_MS,
     CLOSE_REASON_BYTES_MAX,
     CLOSE_TIMEOUT_MS,
@@ -41,7 +42,7 @@ from engine.limits import (
     SOCKET_WRITE_BYTES_MAX,
     SOCKETS_MAX,
 )
-from engine.rejections import Rejection
+from engine.rejections import BUSY, Rejection
 from gateway.rates import Rates, Visit, rate_limited
 from gateway.session import (
     Close,
@@ -247,9 +248,9 @@ class ClientSocket(WSListener):
         "_cut",
         "_fanout",
         "_fragments",
+        "_held",
         "_is_closing",
         "_is_paused",
-        "_is_stale",
         "_people",
         "_rest",
         "_router",
@@ -284,8 +285,8 @@ class ClientSocket(WSListener):
         self._fragments: bytearray | None = None
         self._is_closing = False
         self._rest: asyncio.TimerHandle | None = None
-        self._is_stale = False
-        """What is read first came while nothing was read."""
+        self._held: Submit | None = None
+        """The last bid that came while it rests."""
         self._cut: asyncio.TimerHandle | None = None
         self.is_behind = False
         self._behind_since: int | None = None
@@ -358,9 +359,7 @@ class ClientSocket(WSListener):
             if retry_after_ms := self._visit.message(now):
                 self._run(self._session.rate_limited(data, retry_after_ms, now))
             else:
-                is_stale = self._is_stale and not frame.last_in_buffer
-                self._is_stale = is_stale
-                self._run(self._session.text_received(data, now, is_busy=is_stale or self._rest is not None))
+                self._run(self._session.text_received(data, now))
         elif kind == WSMsgType.PING:
             self._count()
             if not self._is_closing:
@@ -473,7 +472,11 @@ class ClientSocket(WSListener):
                     self._close(intent.code, intent.reason)
 
     def _submit(self, intent: Submit) -> None:
-        if retry_after_ms := self._visit.bid(intent.payload.bidder, self._clock()):
+        if self._rest is not None:
+            older, self._held = self._held, intent
+            if older is not None:
+                self._answered(older.pending, BUSY)
+        elif retry_after_ms := self._visit.bid(intent.payload.bidder, self._clock()):
             self._answered(intent.pending, rate_limited(retry_after_ms))
         else:
             self._router.submit(intent.payload, partial(self._answered, intent.pending))
@@ -495,14 +498,19 @@ class ClientSocket(WSListener):
         if self._rest is None and not transport.is_closing():
             transport.pause_reading()
             rest_ms = uniform(0.5, 1.5) * BUSY_REST_MS  # noqa: S311 (nothing secret)
-            self._rest = asyncio.get_running_loop().call_later(rest_ms / SECOND_MS, self._wake)
+            self._rest = asyncio.get_running_loop().call_later(rest_ms / SECOND_MS, self._read_on)
 
-    def _wake(self) -> None:
-        self._rest = None
-        self._is_stale = True
+    def _read_on(self) -> None:
         transport = self.transport.underlying_transport
         if not transport.is_closing():
             transport.resume_reading()
+            self._rest = asyncio.get_running_loop().call_later(BUSY_READ_MS / SECOND_MS, self._wake)
+
+    def _wake(self) -> None:
+        self._rest = None
+        held, self._held = self._held, None
+        if held is not None and not self._is_closing:
+            self._submit(held)
 
     def _subscribed(self, pending: PendingSubscription, answer: Subscribed | list[Standing] | Rejection) -> None:
         if not self._is_closing:

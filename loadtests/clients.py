@@ -26,6 +26,8 @@ SOCKETS_PER_ADDRESS: Final = 10_000
 
 _NUMBERS: Final = itertools.count()
 """Of this process's sockets."""
+_BLOCKS: Final = 250
+"""An octet of an address may have so many values, 1 and up."""
 
 
 def _same(message: bytes) -> bytes:
@@ -131,7 +133,8 @@ class Client(WSListener):
 async def connect(clients: Sequence[Client], url: str, at_once: int = CONNECT_AT_ONCE) -> None:
     """Connect all clients to the server at `url` (http://host:port), and wait for their welcomes. Raises `LoadFailed`.
 
-    The 10,001st socket of this process and those after it come from other addresses of the loopback network.
+    The 10,001st socket of this process and those after it come from other addresses of the loopback network, which are
+    not those of the process before it: ports that are still kept there would be looked through, one by one.
     """
     for first in range(0, len(clients), at_once):
         some = clients[first : first + at_once]
@@ -160,7 +163,10 @@ def raise_file_limit() -> int:
 
 async def _connect(client: Client, url: str) -> None:
     address = next(_NUMBERS) // SOCKETS_PER_ADDRESS
-    source: dict[str, Any] = {"local_addr": (f"127.0.0.{address % 250 + 1}", 0)} if address else {}
+    source: dict[str, Any] = {}
+    if address:
+        high, low = divmod(os.getpid() % _BLOCKS**2, _BLOCKS)
+        source["local_addr"] = f"127.{high + 1}.{low + 1}.{address % _BLOCKS + 1}", 0
     await ws_connect(lambda: client, f"ws://{urlsplit(url).netloc}{client._framing.path}", **source)
 
 

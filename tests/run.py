@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
-from types import FrameType
 from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,8 +56,6 @@ class Failed(Exception):
 
 def main() -> None:
     """Run all suites, or those named as arguments (then without checking coverage)."""
-    # Ended from outside (a build that takes too long), we end what we started as after Ctrl-C.
-    signal.signal(signal.SIGTERM, _interrupt)
     os.chdir(ROOT)
     names = sys.argv[1:]
     if unknown := sorted(set(names) - {suite.name for suite in SUITES}):
@@ -71,7 +68,7 @@ def main() -> None:
         asyncio.run(_run_all(wanted))
     except* Failed as failures:
         _fail("; ".join(map(str, failures.exceptions)))
-    except* KeyboardInterrupt:
+    except* (KeyboardInterrupt, asyncio.CancelledError):
         sys.exit(130)
     if not names:
         _check_coverage()
@@ -80,6 +77,10 @@ def main() -> None:
 
 async def _run_all(wanted: Sequence[Suite]) -> None:
     """Run these suites. Raises a group of `Failed`."""
+    # Ended from outside (a build that takes too long), we end what we started as after Ctrl-C.
+    this = asyncio.current_task()
+    assert this is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
     lanes = [suites for lane in LANES if (suites := [suite for suite in lane if suite in wanted])]
     async with asyncio.TaskGroup() as group:
         for lane in lanes:
@@ -148,10 +149,6 @@ def _check_coverage() -> None:
 
 def _coverage(*arguments: str) -> int:
     return subprocess.run([sys.executable, "-m", "coverage", *arguments], check=False).returncode
-
-
-def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 def _say(sentence: str) -> None:

@@ -21,7 +21,7 @@ from actors.messages import (
     You,
 )
 from engine.commands import CancelAuction, EndAuction, OpenAuction, PlaceBid
-from engine.limits import RESUME_EVENTS_MAX, SLOTS
+from engine.limits import GATHER_MS, GATHER_ROWS_MIN, RESUME_EVENTS_MAX, SLOTS
 from engine.rejections import Rejection
 from tests.engine.support import ANNA, AUCTION, BEN, CLEO, END, MAKER, NOW, SOFT_CLOSE
 from tests.support.shards import (
@@ -86,6 +86,34 @@ async def test_what_arrives_meanwhile_is_one_commit_and_decided_at_once(house: H
     assert [len(rows) for rows in house.journal.appends] == [1, 1, 10]
     assert [accepted(outlet.answers[number]).seq for number in [first, *numbers]] == list(range(2, 13))
     assert [message.request for message in outlet.messages if isinstance(message, Answered)] == [first, *numbers]
+
+
+async def test_a_commit_after_a_large_one_waits_for_more(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = LoopClock(monkeypatch)
+    outlet = Recorder()
+
+    async def place(*numbers: int) -> None:
+        house.take(
+            outlet, *(bid(BEN if number % 2 else ANNA, 1_000 + 500 * number, bid_id=number) for number in numbers)
+        )
+        await quiet()
+
+    def commits() -> list[int]:
+        return [len(rows) for rows in house.journal.appends[1:]]
+
+    few = GATHER_ROWS_MIN - 1
+    await place(*range(few))
+    await place(few)
+    assert commits() == [few, 1]
+    await place(*range(10, 10 + GATHER_ROWS_MIN))
+    await place(30)
+    await clock.advance(GATHER_MS / 2)
+    await place(31)
+    assert commits() == [few, 1, GATHER_ROWS_MIN]
+    await clock.advance(GATHER_MS / 2)
+    assert commits() == [few, 1, GATHER_ROWS_MIN, 2]
+    await place(32)
+    assert commits() == [few, 1, GATHER_ROWS_MIN, 2, 1]
 
 
 async def test_answers_come_in_the_order_of_the_requests(house: House) -> None:

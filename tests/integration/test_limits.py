@@ -328,13 +328,19 @@ async def test_of_the_bids_that_came_while_it_rested_the_last_is_taken(
         with monkeypatch.context() as full:
             full.setattr(link_module, "LINK_LINE_MAX", 0)
             assert (await anna.bid(auction, 1_000))["code"] == "busy"
-        bids = [
-            {"op": "bid", "ref": str(amount), "auction": auction, "bid_id": str(uuid4()), "amount": amount}
-            for amount in (1_000, 2_000, 3_000)
+        bids: list[dict[str, Any]] = [
+            {"op": "bid", "ref": number, "auction": auction, "bid_id": str(uuid4()), "amount": 1_000 * number}
+            for number in range(1, 41)
         ]
-        _send_together(anna, *bids, {"op": "ping", "ref": "ping"}, bids[0] | {"ref": "last"})
-        answers = {ref: await anna.answer(ref) for ref in ("1000", "2000", "3000", "ping", "last")}
-        assert [one.get("code", one["type"]) for one in answers.values()] == ["busy"] * 3 + ["pong", "ack"]
+        # More than is read in one go; and what is no bid is not kept waiting by those that are.
+        _send_together(anna, *bids, {"op": "ping", "ref": "ping"})
+        answers = [await anna.answer(bid["ref"]) for bid in bids]
+        assert [one.get("code", one["type"]) for one in answers] == ["busy"] * 39 + ["ack"]
+        assert (await anna.answer("ping"))["type"] == "pong"
+        # It has looked up again: whatever comes together now is taken.
+        again = [bid | {"ref": f"again {bid['ref']}", "amount": 100_000 + bid["amount"]} for bid in bids[:2]]
+        _send_together(anna, *again)
+        assert [(await anna.answer(bid["ref"]))["type"] for bid in again] == ["ack", "ack"]
 
 
 async def test_who_leaves_while_it_rests_leaves_nothing_behind(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
