@@ -76,6 +76,8 @@ SOCKET_BEHIND_MS_MAX = 30 * SECOND_MS
 """A socket that is behind for longer is closed as too slow: its unread bytes are memory."""
 SOCKETS_PER_SLICE = 100
 """Broadcasts are written to so many sockets in one go, so that acknowledgements pass between the slices."""
+CONNECTIONS_PER_SLICE = 10
+"""Of so many new connections the first request is looked at in one go, for the same reason."""
 
 # Topics at a gateway
 TICK_MS = 20

@@ -23,9 +23,10 @@ class _Work(NamedTuple):
 class Slices:
     """Does one slice of all that is to be done in each turn of the loop; whoever has more to do goes to the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, per_slice: int = SOCKETS_PER_SLICE) -> None:
+        self._per_slice = per_slice
         self._line: deque[_Work] = deque()
-        self._left = SOCKETS_PER_SLICE
+        self._left = per_slice
         """Of this turn's slice."""
         self._is_at_work = False
 
@@ -37,7 +38,7 @@ class Slices:
 
     def _work(self) -> None:
         self._is_at_work = True
-        is_slice_new = self._left == SOCKETS_PER_SLICE
+        is_slice_new = self._left == self._per_slice
         while self._line and self._left > 0:
             work = self._line.popleft()
             items = list(islice(work.items, self._left))
@@ -54,7 +55,7 @@ class Slices:
             asyncio.get_running_loop().call_soon(self._next_slice)
 
     def _next_slice(self) -> None:
-        self._left = SOCKETS_PER_SLICE
+        self._left = self._per_slice
         if self._line:
             self._work()
 

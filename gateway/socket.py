@@ -33,6 +33,7 @@ from engine.limits import (
     BUSY_REST_MS,
     CLOSE_REASON_BYTES_MAX,
     CLOSE_TIMEOUT_MS,
+    CONNECTIONS_PER_SLICE,
     FRAME_BYTES_MAX,
     HEADERS_TIMEOUT_MS,
     HELLO_TIMEOUT_MS,
@@ -615,13 +616,19 @@ def make_http_protocol(connections_max: int) -> "type[HttpProtocol]":
         pass
 
     BoundedProtocol.connections_max = connections_max
+    BoundedProtocol.admissions = Slices(CONNECTIONS_PER_SLICE)
     return BoundedProtocol
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP, with a bound to connections, and an end to the patience for a request's headers."""
+    """uvicorn's HTTP, with a bound to connections, and an end to the patience for a request's headers.
+
+    Where many connect at once they are let in a few at a time: whoever is in does not wait until all of them are.
+    """
 
     connections_max: int
+    admissions: Slices
+    _is_admitted = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # As uvicorn has it.
         # All are among them: clients' sockets, and those that are refused or closing, too.
@@ -634,6 +641,21 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._patience.cancel()
         super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_admitted:
+            super().data_received(data)
+            return
+        self.admissions.run([data], self._admit)
+        if not self._is_admitted:
+            self.transport.pause_reading()
+
+    def _admit(self, data: bytes) -> None:
+        if not self.transport.is_closing():
+            self._is_admitted = True
+            if not self.transport.is_reading():
+                self.transport.resume_reading()
+            super().data_received(data)
 
     def on_headers_complete(self) -> None:
         self._patience.cancel()

@@ -19,7 +19,7 @@ IDLE_S: Final = 2 * HEARTBEAT_MS / SECOND_MS
 """Whole heartbeats, so that the pings and pongs of each socket are in it."""
 QUICK_IDLE_S: Final = 0.5
 SETTLE_S: Final = 1.0
-RECONNECT_RATE: Final = 2
+RECONNECT_RATE: Final = 5
 """Bids a second while sockets come back, each of which goes to all that are back already."""
 RECONNECT_MAX_S: Final = 60.0
 DOORS: Final = ("gateway", "server")
@@ -88,6 +88,8 @@ async def _reconnect(subject: Subject, options: Options, watchers: Watchers, soc
         before, meter = cpu_seconds({"watchers": [watchers.pid]}), GeneratorMeter()
         back = await watchers.reconnect(auction)
         run.figures = {"reconnect_s": back.seconds, "recovered_percent": 100 * back.recovered / sockets}
+        run.latencies["ack"] = bidders.load.acks
+        run.add_percentiles("ack")
         seconds = cpu_seconds({"watchers": [watchers.pid]})["watchers"] - before["watchers"]
         run.figures |= meter.figures() | {"generator_cpu_percent": 100 * seconds / back.seconds}
     finally:

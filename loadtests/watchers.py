@@ -283,12 +283,14 @@ async def _reconnect(cut: Cut, watchers: list[_Watcher], url: str) -> Back:
     began_ns = time.monotonic_ns()
     disconnect(watchers)
     watchers[:] = [watcher.successor() for watcher in watchers]
-    for first in range(0, len(watchers), AT_ONCE):
-        some = watchers[first : first + AT_ONCE]
-        await connect(some, url, AT_ONCE)
-        await _subscribe(cut.auction, some)
+    await asyncio.gather(*(_come_back(cut.auction, watcher, url) for watcher in watchers))
     seconds = (time.monotonic_ns() - began_ns) / NS_PER_S
     return Back(seconds, sum(watcher.is_recovered for watcher in watchers))
+
+
+async def _come_back(auction: str, watcher: _Watcher, url: str) -> None:
+    await connect([watcher], url)
+    await _subscribe(auction, [watcher])
 
 
 async def _subscribe(auction: str, watchers: Sequence[_Watcher]) -> None:

@@ -20,6 +20,18 @@ async def test_all_together_do_one_slice_a_turn() -> None:
     assert sorted(done) == [(name, item) for name in "abc" for item in range(SOCKETS_PER_SLICE // 2 + 10)]
 
 
+async def test_what_is_dear_is_done_in_smaller_slices() -> None:
+    slices = Slices(per_slice=2)
+    done: list[int] = []
+    for item in range(5):
+        slices.run([item], done.append)
+    assert done == [0, 1]
+    await asyncio.sleep(0)
+    assert done == [0, 1, 2, 3]
+    await asyncio.sleep(0)
+    assert done == [0, 1, 2, 3, 4]
+
+
 async def test_small_work_passes_what_is_large() -> None:
     slices = Slices()
     order: list[str] = []

@@ -5,7 +5,7 @@ import contextlib
 import json
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, cast
 from uuid import UUID
 
@@ -755,6 +755,22 @@ async def test_large_and_small_messages_keep_apart(gateway: Gateway) -> None:
 
 def test_large_and_small_messages_keep_apart_on_uvloop() -> None:
     on_uvloop(send_large_and_small)
+
+
+async def test_those_who_come_together_are_let_in_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket_module, "CONNECTIONS_PER_SLICE", 1)
+    async with running() as gateway, AsyncExitStack() as stack:
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        coming = [stack.enter_async_context(gateway.client()) for _ in range(50)]
+        # One of them leaves before its turn.
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        writer.transport.abort()
+        clients = await asyncio.gather(*coming)
+        for client in clients:
+            await client.send('{"op":"ping","ref":7}')
+            assert (await answer(client))["type"] == "pong"
+        await until(lambda: len(gateway.server.server_state.connections) == len(gateway.sockets) == 50)
+        assert reader.at_eof() or reader.exception() is not None
 
 
 async def raw_client(gateway: Gateway, *lines: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
