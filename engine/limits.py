@@ -74,7 +74,7 @@ SOCKET_KERNEL_BYTES = 64 * 1024
 """So much of what a client has not read the kernel is asked to hold, beside our own buffer."""
 SOCKET_BEHIND_MS_MAX = 30 * SECOND_MS
 """A socket that is behind for longer is closed as too slow: its unread bytes are memory."""
-SOCKETS_PER_SLICE = 100
+SOCKETS_PER_SLICE = 25
 """Broadcasts are written to so many sockets in one go, so that acknowledgements pass between the slices."""
 CONNECTIONS_PER_SLICE = 10
 """Of so many new connections the first request is looked at in one go, for the same reason."""
@@ -150,8 +150,8 @@ SHARD_LINE_MAX = 8_192
 """Commands that a shard holds undecided or uncommitted before it answers `busy`."""
 GATHER_MS = 2
 """Under load commits begin about so far apart: fewer of them, and larger ones."""
-GATHER_ROWS_MIN = 8
-"""A commit of so many events is load. Once there is one, 4,000 bids a second on a shard keep it so."""
+GATHER_ROWS_MIN = 4
+"""A commit of so many events is load. Once there is one, 2,000 bids a second on a shard keep it so."""
 VERDICTS_REMEMBERED = 10_000
 AWAKE_MAX = 10_000
 """Auctions that a shard keeps in memory; the longest unused make room for others."""
