@@ -29,7 +29,7 @@ def claim(data_dir: Path, folder: Path) -> None:
 
     The logs of two databases have the same names, those of a database and of its restored copy too.
     """
-    record = data_dir / "archive"
+    record = data_dir / "archived_to"
     try:
         if record.exists() and record.read_text() == str(folder):
             return

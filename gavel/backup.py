@@ -4,6 +4,7 @@ import shutil
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Final
 
 import click
 
@@ -11,6 +12,9 @@ from gavel.errors import CommandError
 from gavel.keys import copy_keys
 from gavel.postgres import folder_of, program, reachable_database
 from gavel.settings import load_settings
+
+COMPLETE_FILE: Final = "complete_at"
+"""The moment from which on a backup can be restored; written last."""
 
 
 @click.command(
@@ -35,14 +39,15 @@ def command(folder: Path, data_dir: str | None) -> None:
             folder.mkdir(mode=0o700, parents=True)
             _copy_database(database_url, folder_of(folder))
             copy_keys(settings.data_dir, folder)
+            complete_at = datetime.now(UTC).isoformat()
+            (folder / COMPLETE_FILE).write_text(complete_at)
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise CommandError(f"{folder} cannot be written ({error.strerror}); name another folder.") from error
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    click.echo(f"{folder} holds the backup; with the archive every moment from {now} on can be restored.")
+    click.echo(f"{folder} holds the backup; with the archive every moment from {complete_at} on can be restored.")
 
 
 def refuse_server(database_url: str | None) -> None:

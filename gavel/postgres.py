@@ -210,14 +210,18 @@ def give_to_postgres(folder: Path) -> None:
             os.chown(path, owner.pw_uid, owner.pw_gid)
 
 
-def recover(data_dir: Path, settings: Mapping[str, str]) -> tuple[bool, str]:
-    """Run Postgres, with settings for this time only, until it has recovered; whether it has, and what it said."""
-    folder = folder_of(data_dir)
+def recover(folder: Path, settings: Mapping[str, str]) -> tuple[bool, str]:
+    """Run a Postgres that begins with recovery, with settings for this time only, until that is over, and stop it.
+
+    Whether it has recovered, and what it said.
+    """
     given = {
         "lc_messages": "C",
         "log_timezone": "UTC",
         "listen_addresses": "",
         "unix_socket_directories": ".",
+        # With it Postgres would call itself ready before it has recovered.
+        "hot_standby": "off",
         **settings,
     }
     options = [option for name, value in given.items() for option in ("-c", f"{name}={value}")]

@@ -9,7 +9,7 @@ from typing import Final
 
 import click
 
-from gavel.backup import refuse_server
+from gavel.backup import COMPLETE_FILE, refuse_server
 from gavel.errors import CommandError
 from gavel.keys import copy_keys
 from gavel.postgres import folder_of, give_to_postgres, held, program, recover
@@ -57,14 +57,18 @@ def command(backup: Path, archive: Path | None, moment: datetime | None, data_di
         raise click.UsageError("A moment after the backup needs the archive: name it with --archive.")
     settings = load_settings(data_dir=data_dir)
     refuse_server(settings.database_url)
-    _check_backup(backup)
+    _check_backup(backup, moment)
     folder = settings.data_dir
     if folder.exists() and any(folder.iterdir()):
         raise CommandError(f"{folder} is not empty; name a folder that is, or that is not there, with --data-dir.")
     try:
         with held(folder):
-            _lay_out(backup, archive, folder)
-            last_kept = _recover(folder, moment)
+            # Under another name: one that was not recovered to the end would recover further than to the moment.
+            _lay_out(backup, archive, folder / "restoring")
+            last_kept = _recover(folder / "restoring", moment)
+            (folder / "restoring").rename(folder_of(folder))
+            # Not the cluster's secret: nothing of the engine that was may talk to the new one.
+            copy_keys(backup, folder)
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise CommandError(f"The backup cannot be copied ({error}); put that right and try again.") from error
@@ -74,18 +78,22 @@ def command(backup: Path, archive: Path | None, moment: datetime | None, data_di
     click.echo(f"{folder} is restored; {last_kept}. Check it: gavel verify --all --data-dir {folder}")
 
 
-def _check_backup(backup: Path) -> None:
-    if not (folder_of(backup) / "backup_manifest").exists():
-        raise CommandError(f"{backup} holds no whole backup; name a folder that `gavel backup` has made.")
+def _check_backup(backup: Path, moment: datetime | None) -> None:
+    try:
+        complete_at = datetime.fromisoformat((backup / COMPLETE_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{backup} holds no whole backup; name a folder that `gavel backup` has made.") from error
+    if moment is not None and moment < complete_at:
+        # Postgres would restore to that later moment, and say nothing.
+        raise CommandError(f"The backup is of {complete_at.isoformat()}; name a later moment, or an earlier backup.")
     arguments = ["--quiet", str(folder_of(backup))]
     checked = subprocess.run([program("pg_verifybackup"), *arguments], capture_output=True, text=True, check=False)
     if checked.returncode != 0:
         raise CommandError(f"{backup} is damaged ({checked.stderr.strip()}); take another backup.")
 
 
-def _lay_out(backup: Path, archive: Path | None, data_dir: Path) -> None:
-    """Put everything where Postgres and the engine look for it."""
-    folder = folder_of(data_dir)
+def _lay_out(backup: Path, archive: Path | None, folder: Path) -> None:
+    """Make a folder of Postgres's that will begin with recovery."""
     shutil.copytree(folder_of(backup), folder, ignore=_OF_ITS_PLACE)
     if archive is not None:
         first = _FIRST_SEGMENT.search((folder / "backup_label").read_text())
@@ -93,8 +101,6 @@ def _lay_out(backup: Path, archive: Path | None, data_dir: Path) -> None:
         _copy_log(archive, first[1], folder / "pg_wal")
     (folder / "recovery.signal").touch()
     give_to_postgres(folder)
-    # Not the cluster's secret: no gateway or shard of the engine that was may talk to one of the new engine.
-    copy_keys(backup, data_dir)
 
 
 def _copy_log(archive: Path, first: str, folder: Path) -> None:
@@ -105,17 +111,15 @@ def _copy_log(archive: Path, first: str, folder: Path) -> None:
             shutil.copyfile(path, folder / segment["name"])
 
 
-def _recover(data_dir: Path, moment: datetime | None) -> str:
+def _recover(folder: Path, moment: datetime | None) -> str:
     """Have Postgres go through the log up to the moment; say how far it came."""
     # All of the log lies in its own folder already, where it looks when this has failed.
     settings = {"restore_command": "false"}
     if moment is not None:
         settings |= {"recovery_target_time": moment.isoformat(), "recovery_target_action": "promote"}
-    is_done, log = recover(data_dir, settings)
+    is_done, log = recover(folder, settings)
     if "recovery ended before configured recovery target was reached" in log:
         raise CommandError("The archive ends before that moment; name an earlier one, or leave --to out for all of it.")
-    if "requested recovery stop point is before consistent recovery point" in log:
-        raise CommandError("The backup was not complete at that moment yet; name a later one, or an earlier backup.")
     if not is_done:
         raise CommandError(f"Postgres cannot recover from this ({log.strip().splitlines()[-1]}); try another backup.")
     kept = _LAST_KEPT.findall(log)
