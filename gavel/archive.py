@@ -103,7 +103,8 @@ class Archive:
 
     def _failure(self, reason: str) -> CommandError:
         return CommandError(
-            f"The write-ahead log is not copied to {self._folder} ({reason}): what is missing there cannot be restored."
+            f"The write-ahead log is not copied to {self._folder} ({reason}), so what is committed now could not be "
+            "restored; that is tried again."
         )
 
 

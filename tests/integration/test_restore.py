@@ -251,6 +251,24 @@ def _copying(folder: Path) -> psutil.Process:
     return process
 
 
+async def test_what_an_engine_that_was_killed_has_left_behind_is_ended(data_dir: Path) -> None:
+    folder = data_dir / "archive"
+    claim(data_dir, folder)
+    postgres = EmbeddedPostgres(data_dir)
+    left_behind, archive = Archive(folder, print), Archive(folder, print)
+    url = await asyncio.to_thread(postgres.start)
+    try:
+        await left_behind._start(url)
+        await archive._start(url)
+        assert left_behind._process is not None
+        await left_behind._process.wait()
+        assert archive._process is not None
+        assert archive._process.returncode is None
+    finally:
+        await asyncio.to_thread(postgres.stop)
+        await archive.close()
+
+
 async def test_an_archive_that_cannot_be_written_is_said_once_and_tried_again(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,8 +281,8 @@ async def test_an_archive_that_cannot_be_written_is_said_once_and_tried_again(
         await until(lambda: bool(said))
         assert said == [
             f"The write-ahead log is not copied to {folder} "
-            f'(pg_receivewal: error: could not open directory "{folder}": No such file or directory): '
-            "what is missing there cannot be restored."
+            f'(pg_receivewal: error: could not open directory "{folder}": No such file or directory), '
+            "so what is committed now could not be restored; that is tried again."
         ]
         folder.mkdir()
         await until(lambda: len(said) > 1)
