@@ -78,9 +78,18 @@ class Archive:
         """Begin to copy. Raises `CommandError` if that ends at once."""
         try:
             await _end_others(database_url)
+            self._process = process = await self._spawn(database_url)
         except ERRORS as error:
             raise self._failure(type(error).__name__) from error
-        self._process = process = await asyncio.create_subprocess_exec(
+        assert process.stderr is not None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_SETTLED_S):
+                said = await process.stderr.read()
+                lines = said.decode(errors="replace").splitlines()
+                raise self._failure(lines[-1] if lines else "it ended without a word")
+
+    async def _spawn(self, database_url: str) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
             program("pg_receivewal"),
             f"--dbname={database_url}&application_name={_NAME}",
             f"--directory={self._folder}",
@@ -94,12 +103,6 @@ class Archive:
             # Ctrl-C is for us: what shards commit while they stop is to be copied, too.
             process_group=0,
         )
-        assert process.stderr is not None
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_SETTLED_S):
-                said = await process.stderr.read()
-                lines = said.decode(errors="replace").splitlines()
-                raise self._failure(lines[-1] if lines else "it ended without a word")
 
     def _failure(self, reason: str) -> CommandError:
         return CommandError(
