@@ -15,6 +15,8 @@ COMMANDS: Final = {
     "watch": "Follow an auction in the terminal.",
     "replay": "Play a recorded bid history against an engine.",
     "verify": "Check the journal: order, hash chains, decisions.",
+    "backup": "Write a backup of the embedded Postgres and the keys.",
+    "restore": "Make a data folder as it was at a moment, from a backup.",
     "bench": "Measure the engine beside its peers, and write a report.",
     "simulate": "Run the engine on simulated time and faults, and judge it.",
 }

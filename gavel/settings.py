@@ -93,6 +93,9 @@ class Settings(BaseSettings):
     data_dir: Annotated[Path, AfterValidator(_folder)] = Field(
         default_factory=default_data_dir, description="the folder for keys and the embedded Postgres"
     )
+    archive_dir: Annotated[Path, AfterValidator(_folder)] | None = Field(
+        None, description="a folder to which the embedded Postgres's write-ahead log is copied, for `gavel restore`"
+    )
     database_url: Annotated[str, Field(max_length=2_000), AfterValidator(_database_url)] | None = Field(
         None, repr=False, description="a Postgres server; without it an embedded one is started"
     )
@@ -128,6 +131,7 @@ _RIGHT: Final = {
     "host": "the name or address of one of this machine's interfaces, such as 127.0.0.1",
     "port": "a whole number from 0 to 65535",
     "data_dir": "a folder",
+    "archive_dir": "a folder",
     "database_url": "like postgresql://user:password@host/database",
     "ray_address": "like 10.0.0.1:6379 or ray://10.0.0.1:10001",
     "shards": "a whole number from 1 to 64",
