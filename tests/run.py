@@ -28,7 +28,7 @@ class Suite:
 SUITES = (
     Suite("engine", ("engine",), budget_s=150, test_timeout_s=60),
     Suite("units", ("actors", "gateway", "gavel", "loadtests"), budget_s=120, test_timeout_s=10),
-    Suite("integration", ("contracts", "integration"), budget_s=220, test_timeout_s=60),
+    Suite("integration", ("contracts", "deploy", "integration"), budget_s=220, test_timeout_s=60),
     # Seeds are simulated in processes of their own; coverage would not see them.
     Suite("simulation", ("simulation",), budget_s=240, test_timeout_s=120, is_covered=False),
     # Whole engines, as processes of their own: coverage would not see them.
