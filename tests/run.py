@@ -33,7 +33,7 @@ LANES = (
         Suite("engine", ("engine",), budget_s=180, test_timeout_s=60),
         Suite("units", ("actors", "gateway", "gavel", "loadtests"), budget_s=180, test_timeout_s=20),
     ),
-    (Suite("integration", ("contracts", "integration"), budget_s=300, test_timeout_s=60),),
+    (Suite("integration", ("contracts", "deploy", "integration"), budget_s=300, test_timeout_s=60),),
 )
 ALONE = (
     # Seeds are simulated in processes of their own; coverage would not see them.
