@@ -22,6 +22,7 @@ from gateway.api.edge import HEALTHY, Edge
 from gateway.app import create_app
 from gateway.bootstrap import connect
 from gateway.fanout import Fanout
+from gateway.origins import Origins
 from gateway.people import People
 from gateway.rates import Rates, networks
 from gateway.room import MemoryGauge, connections_for, memory_share_bytes, raise_file_limit, sockets_for
@@ -49,6 +50,17 @@ class Door(msgspec.Struct, frozen=True, kw_only=True):
     """Over this much nobody is let in; None for this gateway's share of the machine's."""
     gateways: int = 1
     """So many share the machine."""
+    origins: str = ""
+    """Of whose pages sockets may be opened, beside our own: separated by commas, or `*`."""
+    tls_certificate: str | None = None
+    """The file of the certificate and its chain; None for no TLS. Each gateway reads it when it starts."""
+    tls_key: str | None = None
+    """The file of its private key: it is not passed around itself."""
+
+    @property
+    def is_tls(self) -> bool:
+        """Whether all that is said here is encrypted."""
+        return self.tls_certificate is not None
 
 
 class RunningGateway:
@@ -84,7 +96,15 @@ class RunningGateway:
         )
         config = uvicorn.Config(
             create_app(edge),
-            ws=make_protocol(self._router, self._fanout, self._people, verifier.verify, self._clock, self._sockets),
+            ws=make_protocol(
+                self._router,
+                self._fanout,
+                self._people,
+                verifier.verify,
+                self._clock,
+                self._sockets,
+                Origins(door.origins, is_tls=door.is_tls),
+            ),
             http=make_http_protocol(connections_for(files)),
             lifespan="off",
             log_config=None,
@@ -93,6 +113,8 @@ class RunningGateway:
             # Rates go by who is connected: what a header says of it anybody could write.
             proxy_headers=False,
             backlog=_BACKLOG,
+            ssl_certfile=door.tls_certificate,
+            ssl_keyfile=door.tls_key,
             timeout_graceful_shutdown=_STOP_S,
         )
         self._server = uvicorn.Server(config)

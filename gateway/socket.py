@@ -42,6 +42,7 @@ from engine.limits import (
     SOCKETS_MAX,
 )
 from engine.rejections import BUSY, Rejection
+from gateway.origins import Origins
 from gateway.rates import Rates, Visit, rate_limited
 from gateway.session import (
     Close,
@@ -65,6 +66,7 @@ logger = logging.getLogger(__name__)
 
 PATH: Final = b"/v1/live"
 SUBPROTOCOL: Final = "gavel.v1"
+_WRONG_ORIGIN: Final = b"Pages of this origin may not connect here; GAVEL_ORIGINS lists those that may."
 
 # RFC 6455, section 7.4.1
 _OK: Final = 1000
@@ -195,7 +197,13 @@ class Sockets:
 
 
 def make_protocol(
-    router: Router, fanout: Fanout, people: People, verify: Verify, clock: Callable[[], int], sockets: Sockets
+    router: Router,
+    fanout: Fanout,
+    people: People,
+    verify: Verify,
+    clock: Callable[[], int],
+    sockets: Sockets,
+    origins: Origins,
 ) -> type[asyncio.Protocol]:
     """Make the class that uvicorn takes as `ws=`. `clock` gives milliseconds since the epoch."""
 
@@ -207,6 +215,9 @@ def make_protocol(
             # picows would repeat it in its answer, and fail to.
             wrong = WSUpgradeResponse.create_error_response(400, b"The version of the WebSocket protocol is 13.")
             return WSUpgradeResponseWithListener(wrong, None)
+        if not all(origins.admit(one, request.headers.get("Host", "")) for one in request.headers.getall("Origin", [])):
+            forbidden = WSUpgradeResponse.create_error_response(403, _WRONG_ORIGIN)
+            return WSUpgradeResponseWithListener(forbidden, None)
         # Firefox sends "keep-alive, Upgrade". uvicorn has found the word in the list; picows takes only the word alone.
         request.headers["Connection"] = "Upgrade"
         offered = ",".join(request.headers.getall("Sec-WebSocket-Protocol", [])).split(",")

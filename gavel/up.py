@@ -21,6 +21,7 @@ from actors.database import ERRORS
 from actors.directory import Directory
 from engine.limits import FILES_RESERVED, SOCKETS_MAX
 from gateway.room import raise_file_limit, sockets_for
+from gavel.certificate import check_certificate
 from gavel.cluster import Cluster
 from gavel.errors import CommandError
 from gavel.keys import KeyPair, ensure_keys, ensure_secret, secret_path
@@ -53,9 +54,11 @@ Examples:
 def command(demo: bool, **given: object) -> None:
     """Run the engine: database, shards and gateways. Ends on Ctrl-C or SIGTERM.
 
-    Prints one line, `ready http://HOST:PORT`, when bids can be placed.
+    Prints one line, `ready http://HOST:PORT`, when bids can be placed; with TLS `ready https://HOST:PORT`.
     """
-    asyncio.run(_up(load_settings(**given), is_demo=demo))
+    settings = load_settings(**given)
+    check_certificate(settings.tls_certificate, settings.tls_key)
+    asyncio.run(_up(settings, is_demo=demo))
 
 
 async def _up(settings: Settings, *, is_demo: bool) -> None:

@@ -161,7 +161,9 @@ def raise_file_limit() -> int:
 async def _connect(client: Client, url: str) -> None:
     address = next(_NUMBERS) // SOCKETS_PER_ADDRESS
     source: dict[str, Any] = {"local_addr": (f"127.0.0.{address % 250 + 1}", 0)} if address else {}
-    await ws_connect(lambda: client, f"ws://{urlsplit(url).netloc}{client._framing.path}", **source)
+    parts = urlsplit(url)
+    scheme = "wss" if parts.scheme == "https" else "ws"
+    await ws_connect(lambda: client, f"{scheme}://{parts.netloc}{client._framing.path}", **source)
 
 
 class Pace:

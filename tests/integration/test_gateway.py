@@ -25,6 +25,9 @@ from engine.audit import Audit
 from engine.commands import Role
 from gateway.gateway_actor import Door, RunningGateway, start_gateway
 from gateway.tokens import issue, make_key_pair
+from gavel.client import Api, LiveClient
+from gavel.errors import CommandError
+from tests.support.certificates import make_certificate
 from tests.support.postgres import wait_for_lock
 from tests.support.waiting import until
 
@@ -417,6 +420,34 @@ async def test_each_process_logs_to_a_file_of_its_own(engine: Engine) -> None:
         root.setLevel(level)
         logging.getLogger("picows").setLevel(logging.NOTSET)
     assert "INFO actors: taken" in (Path(engine.place.log_dir) / "shard-7.log").read_text()
+
+
+async def test_with_a_certificate_all_goes_over_tls(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auction = await engine.open_auction()
+    certificate = make_certificate(tmp_path)
+    port = free_port()
+    door = Door(
+        host="127.0.0.1",
+        port=port,
+        public_key=PUBLIC,
+        tls_certificate=str(certificate.path),
+        tls_key=str(certificate.key_path),
+    )
+    gateway = await start_gateway(engine.place, door, "gateway-1")
+    url = f"https://127.0.0.1:{port}"
+    try:
+        # Whoever does not trust the certificate is not served.
+        with pytest.raises(CommandError, match="CERTIFICATE_VERIFY_FAILED"):
+            async with Api(url, patience_s=0) as api:
+                await api.call("GET", f"/auctions/{auction}")
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate.path))
+        async with Api(url) as api, LiveClient(url, token=token(ANNA)) as client:
+            assert (await client.bid(UUID(auction), uuid4(), amount=1_000))["outcome"] == "leading"
+            assert (await api.call("GET", f"/auctions/{auction}"))["leader_paddle"] == 1
+    finally:
+        await gateway.stop()
 
 
 async def test_the_secret_may_come_from_the_environment(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
