@@ -25,7 +25,7 @@ from gavel.certificate import check_certificate
 from gavel.cluster import Cluster
 from gavel.errors import CommandError
 from gavel.keys import KeyPair, ensure_keys, ensure_secret, secret_path
-from gavel.postgres import EmbeddedPostgres, held, tune
+from gavel.postgres import EmbeddedPostgres, held, reason_of, tune
 from gavel.settings import Settings, load_settings
 from gavel.supervision import LOOK_S, PAUSE_S, beside, is_done_before, pauses, persist
 
@@ -189,7 +189,7 @@ async def _held_database(database_url: str, settings: Settings, stop: asyncio.Ev
                 await Directory(pool).lay_out(settings.shards)
         except (*ERRORS, ValueError, SQLAlchemyError, MigrationError) as error:
             raise CommandError(
-                f"The database cannot be used ({type(error).__name__}: {error}); check GAVEL_DATABASE_URL."
+                f"The database cannot be used ({reason_of(error)}); check GAVEL_DATABASE_URL."
             ) from error
         async with beside(hold.keep(), stop):
             yield

@@ -145,8 +145,8 @@ class Gateway:
             lifespan="off",
             log_config=None,
             http=self.http,
-            ssl_certfile=certificate and certificate.path,
-            ssl_keyfile=certificate and certificate.key_path,
+            ssl_certfile=None if certificate is None else certificate.path,
+            ssl_keyfile=None if certificate is None else certificate.key_path,
         )
         self.server = uvicorn.Server(config)
         self.certificate = certificate
