@@ -58,6 +58,12 @@ HELLO_TIMEOUT_MS = 5 * SECOND_MS
 HEARTBEAT_MS = 15 * SECOND_MS
 HEARTBEATS_MISSED_MAX = 2
 TOKEN_GRACE_MS = 60 * SECOND_MS
+SUSPENDED_MAX = 10_000
+"""Users that are suspended at the same time: each gateway knows them all."""
+SUSPENSIONS_MS = 1 * SECOND_MS
+"""So often a gateway asks who is suspended, and so long it waits for the answer."""
+SUSPENDED_MS_MAX = 5 * SECOND_MS
+"""A suspended user's connections are closed within this time."""
 CLOSE_TIMEOUT_MS = 1 * SECOND_MS
 """How long a socket's peer may take to answer a close before the connection is cut."""
 CLOSE_REASON_BYTES_MAX = 123
@@ -216,3 +222,5 @@ assert LINK_PING_MS * 2 < LINK_DEAD_MS
 assert ALIVE_MS * 2 <= OUTAGE_MS < OWNER_SILENT_MS
 assert SOFT_CLOSE_EXTENSION_MS_MAX <= SOFT_CLOSE_TOTAL_MS_MAX
 assert TOKEN_LENGTH_MAX < FRAME_BYTES_MAX
+# Asked, answered, come to each socket with the next tick, and cut off.
+assert SUSPENSIONS_MS * 2 + SECOND_MS + CLOSE_TIMEOUT_MS <= SUSPENDED_MS_MAX

@@ -28,6 +28,7 @@ from gateway.rates import Rates, networks
 from gateway.room import MemoryGauge, connections_for, memory_share_bytes, raise_file_limit, sockets_for
 from gateway.router import Router
 from gateway.socket import Sockets, make_http_protocol, make_protocol
+from gateway.suspensions import Suspensions
 from gateway.tokens import Verifier
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,8 @@ class RunningGateway:
         """Open the links and the port; return when bids can be placed."""
         self._router, self._fanout, self._people = await connect(self._host, self._name, self._pool, self._clock)
         verifier = Verifier(door.public_key)
+        suspensions = Suspensions(self._pool)
+        await suspensions.read()
         rates = Rates(networks(door.raised_addresses))
         files = raise_file_limit()
         self._sockets = self._make_room(door, rates, files)
@@ -93,6 +96,7 @@ class RunningGateway:
             clock=self._clock,
             rates=rates,
             health=self._health,
+            suspended=suspensions,
         )
         config = uvicorn.Config(
             create_app(edge),
@@ -104,6 +108,7 @@ class RunningGateway:
                 self._clock,
                 self._sockets,
                 Origins(door.origins, is_tls=door.is_tls),
+                suspensions,
             ),
             http=make_http_protocol(connections_for(files)),
             lifespan="off",
@@ -123,6 +128,7 @@ class RunningGateway:
             loop.create_task(self._server.serve(sockets=[_listening_socket(door.host, door.port)])),
             loop.create_task(self._tick()),
             loop.create_task(keep_synchronised(self._clock, self._pool)),
+            loop.create_task(suspensions.follow()),
         ]
         serving = self._tasks[0]
         while not self._server.started and not serving.done():  # noqa: ASYNC110 (uvicorn has no event to wait for)

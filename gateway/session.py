@@ -4,7 +4,7 @@ No socket, no clock, no asyncio: `socket.py` carries the intents out and brings 
 milliseconds since the epoch, UTC.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Final
 from uuid import UUID
 
@@ -24,7 +24,7 @@ from engine.limits import (
     SUBSCRIPTIONS_MAX,
     TOKEN_GRACE_MS,
 )
-from engine.rejections import Rejection
+from engine.rejections import SUSPENDED, Rejection
 from gateway import wire
 from gateway.rates import rate_limited
 from gateway.tokens import Identity, TokenInvalid
@@ -143,15 +143,18 @@ class Session:
         "_refusals",
         "_refusals_since",
         "_subscriptions",
+        "_suspended",
         "_unanswered",
         "_verify",
         "is_closed",
     )
 
-    def __init__(self, connection: UUID, verify: Verify, now: int) -> None:
+    def __init__(self, connection: UUID, verify: Verify, now: int, suspended: Container[UUID] = frozenset()) -> None:
         self.is_closed = False
         self._connection = connection
         self._verify = verify
+        self._suspended = suspended
+        """The users that are, at this moment: this changes under us."""
         self._opened_at = now
         self._is_welcomed = False
         self._identity: Identity | None = None
@@ -273,6 +276,8 @@ class Session:
             return self._close(NOT_WELCOME, "There was no hello in time.")
         if self._identity is not None and now > self._identity.expires_at + TOKEN_GRACE_MS:
             return self._close(NOT_WELCOME, "The token has expired.")
+        if self._is_suspended(self._identity):
+            return self._close(NOT_WELCOME, SUSPENDED.message)
         if now < self._ping_at:
             return []
         if self._pings_unanswered >= HEARTBEATS_MISSED_MAX:
@@ -302,6 +307,8 @@ class Session:
                 identity = self._verify(message.token, now)
             except TokenInvalid as error:
                 return self._close(NOT_WELCOME, str(error))
+        if self._is_suspended(identity):
+            return self._close(NOT_WELCOME, SUSPENDED.message)
         if self._is_welcomed and _user(identity) != _user(self._identity):
             return self._close(NOT_WELCOME, "A connection stays with the user that it began with.")
         self._identity = identity
@@ -312,6 +319,9 @@ class Session:
         if self._identity is None:
             rejection = Rejection("not_authenticated", "Log in to bid.")
             return [_refusal(message.ref, rejection, message.bid_id)]
+        if self._is_suspended(self._identity):
+            # Not rejected: this bid may be the retry of one that was placed.
+            return self._close(NOT_WELCOME, SUSPENDED.message)
         if self._in_flight >= IN_FLIGHT_MAX:
             text = f"At most {IN_FLIGHT_MAX} bids may wait for their answers."
             return [_error(message.ref, "too_many", text, retry_after_ms=BUSY_RETRY_MS)]
@@ -376,6 +386,9 @@ class Session:
         if self._errors >= ERRORS_MAX:
             return self._close(NOT_PROTOCOL, "There were too many errors.")
         return [answer]
+
+    def _is_suspended(self, identity: Identity | None) -> bool:
+        return identity is not None and identity.user in self._suspended
 
     def _close(self, code: int, reason: str) -> list[Intent]:
         if self.is_closed:

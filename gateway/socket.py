@@ -7,7 +7,7 @@ its `ws=`), which is picows's WebSocket protocol with a `ClientSocket` as its li
 import asyncio
 import logging
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from functools import partial
 from random import uniform
 from typing import Any, Final, Protocol, cast
@@ -204,6 +204,7 @@ def make_protocol(
     clock: Callable[[], int],
     sockets: Sockets,
     origins: Origins,
+    suspended: Container[UUID] = frozenset(),
 ) -> type[asyncio.Protocol]:
     """Make the class that uvicorn takes as `ws=`. `clock` gives milliseconds since the epoch."""
 
@@ -225,7 +226,8 @@ def make_protocol(
         response = WSUpgradeResponse.create_101_response(
             {"Sec-WebSocket-Protocol": SUBPROTOCOL} if is_offered else None
         )
-        socket = ClientSocket(router, fanout, people, Session(uuid4(), verify, clock()), clock, sockets)
+        session = Session(uuid4(), verify, clock(), suspended)
+        socket = ClientSocket(router, fanout, people, session, clock, sockets)
         return WSUpgradeResponseWithListener(response, socket)
 
     class LiveProtocol(_LiveProtocol):

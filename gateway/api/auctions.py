@@ -216,7 +216,7 @@ class BidList(TypedDict):
 # The routes
 
 
-@router.post("", status_code=201, response_model=Success[AuctionData], responses=failures(401, 409, body=True))
+@router.post("", status_code=201, response_model=Success[AuctionData], responses=failures(401, 403, 409, body=True))
 async def open_auction(
     request: Request, edge: CurrentEdge, caller: Caller, body: AuctionToOpen, idempotency_key: _IdempotencyKey = None
 ) -> Response:
@@ -232,7 +232,7 @@ async def open_auction(
     return success(request, _show_auction(_view(answer), caller), status=201)
 
 
-@router.get("", response_model=Success[AuctionList], responses=failures(401))
+@router.get("", response_model=Success[AuctionList], responses=failures(401, 403))
 async def get_auctions(
     request: Request,
     edge: CurrentEdge,
@@ -264,7 +264,7 @@ async def get_auctions(
     return success(request, data)
 
 
-@router.get("/{auction_id}", response_model=Success[AuctionData], responses=failures(401, 404))
+@router.get("/{auction_id}", response_model=Success[AuctionData], responses=failures(401, 403, 404))
 async def get_auction(request: Request, edge: CurrentEdge, caller: OptionalCaller, auction_id: UUID) -> Response:
     """Show an auction; to one who bids in it also how it stands (`you`), to its maker also the reserve."""
     view = await _ask(edge, GetAuction(auction_id, None if caller is None else caller.user))
@@ -309,7 +309,7 @@ async def place_bid(
     return success(request, _show_bid(command, answer, currency), status=201)
 
 
-@router.get("/{auction_id}/bids", response_model=Success[BidList], responses=failures(401, 404))
+@router.get("/{auction_id}/bids", response_model=Success[BidList], responses=failures(401, 403, 404))
 async def get_bids(
     request: Request,
     edge: CurrentEdge,
