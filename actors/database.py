@@ -6,9 +6,10 @@ from typing import Final, Protocol
 
 import asyncpg
 
+from actors.logs import get_logger
 from engine.limits import DATABASE_TIMEOUT_MS, SECOND_MS, WRITE_TIMEOUT_MS
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _READERS_MAX: Final = 4
 _CONNECT_RETRY_S: Final = 0.2
@@ -64,7 +65,8 @@ class Postgres:
                 if not is_passing(error):
                     raise
                 # Said once: it may take an hour.
-                logger.log(logging.DEBUG if is_said else logging.WARNING, "Postgres cannot be reached: %s", error)
+                level = logging.DEBUG if is_said else logging.WARNING
+                logger.log(level, "Postgres cannot be reached", error=str(error))
                 is_said = True
                 await asyncio.sleep(_CONNECT_RETRY_S)
 

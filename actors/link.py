@@ -6,7 +6,6 @@ every command carries an id, so that is safe. The shard's end (`LinkServer`) han
 
 import asyncio
 import hmac
-import logging
 import os
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -16,6 +15,7 @@ import asyncpg
 import picows
 
 from actors.directory import Owner
+from actors.logs import get_logger
 from actors.messages import (
     MALFORMED,
     VERSION,
@@ -65,7 +65,7 @@ from engine.limits import (
 )
 from engine.rejections import BUSY, INTERNAL, OUTCOME_UNKNOWN, UNAVAILABLE, Rejection
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _NONCE_BYTES: Final = 32
 _HEADER_BYTES: Final = 14
@@ -256,7 +256,7 @@ class _ShardEnd(picows.WSListener):
             try:
                 message: GatewayFrame = decode_gateway_frame(frame.get_payload_as_memoryview())
             except MALFORMED as error:
-                logger.warning("a link sent what is not of its protocol: %s", error)
+                logger.warning("a link sent what is not of its protocol", error=str(error))
                 transport.disconnect(graceful=False)
                 return
             self._receive(message)
@@ -300,7 +300,7 @@ class _ShardEnd(picows.WSListener):
             welcome = Welcome(proof(server.secret, "shard", message.nonce, server.number, self._epoch))
             send(self._transport, welcome)
         else:
-            logger.warning("a link was refused: %s out of turn", type(message).__name__)
+            logger.warning("a link was refused: a message is out of turn", message_type=type(message).__name__)
             self.close()
 
 
@@ -451,12 +451,12 @@ class Link:
             try:
                 self._open(end)
             except Exception:
-                logger.exception("the link to shard %d could not be taken up", self.shard)
+                logger.exception("the link could not be taken up", shard=self.shard)
                 end.disconnect()
             await end.closed.wait()
             self._end = None
             self._opened.clear()
-            logger.info("the link to shard %d broke", self.shard)
+            logger.info("the link broke", shard=self.shard)
 
     async def _connect(self) -> "_GatewayEnd | None":
         """Link to the shard's newest incarnation; None if it cannot be reached just now."""
@@ -466,10 +466,10 @@ class Link:
                 return None
             return await self._greet(owner.address, owner.epoch)
         except (OSError, picows.WSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-            logger.debug("shard %d cannot be reached: %s", self.shard, error)
+            logger.debug("the shard cannot be reached", shard=self.shard, error=str(error))
         except Exception:
             # Whatever it is: a link that gave up for good would take its shard out of service.
-            logger.exception("linking to shard %d failed", self.shard)
+            logger.exception("linking failed", shard=self.shard)
         return None
 
     async def _greet(self, address: str, epoch: int) -> "_GatewayEnd | None":
@@ -620,7 +620,7 @@ class _GatewayEnd(picows.WSListener):
             try:
                 message: ShardFrame = decode_shard_frame(frame.get_payload_as_memoryview())
             except MALFORMED as error:
-                logger.warning("shard %d sent what is not of the link's protocol: %s", self._shard, error)
+                logger.warning("the shard sent what is not of the link's protocol", shard=self._shard, error=str(error))
                 self.disconnect()
                 return
             self._handle(message)
@@ -650,14 +650,14 @@ class _GatewayEnd(picows.WSListener):
                 self.is_open = True
                 self.settled.set()
                 return
-            logger.warning("shard %d does not hold the cluster's secret", self._shard)
+            logger.warning("the shard does not hold the cluster's secret", shard=self._shard)
             self.disconnect()
 
     def _prove(self, greeting: Greeting) -> None:
         """Answer the shard's challenge, once, unless it is another shard's, or an owner that has been replaced."""
         is_right = greeting.version == VERSION and greeting.shard == self._shard and greeting.epoch >= self.epoch
         if not is_right or self.owner is not None:
-            logger.info("an owner of shard %d was refused: epoch %d", self._shard, greeting.epoch)
+            logger.info("an owner of the shard was refused", shard=self._shard, epoch=greeting.epoch)
             self.disconnect()
             return
         self.epoch = greeting.epoch

@@ -8,7 +8,9 @@ from typing import Any, Final, NoReturn, TypeVar
 
 import ray
 
-logger = logging.getLogger(__name__)
+from actors.logs import get_logger
+
+logger = get_logger(__name__)
 
 NAMESPACE: Final = "gavel"
 _CALLS_AT_ONCE: Final = 1_000
@@ -41,7 +43,7 @@ def begin(start: Coroutine[None, None, T]) -> asyncio.Task[T]:
 
 def die(reason: str) -> NoReturn:
     """End this process at once: a state that was not journaled must not answer anybody."""
-    logger.critical("this process ends: %s", reason)
+    logger.critical("this process ends", reason=reason)
     logging.shutdown()
     os._exit(1)
 

@@ -188,6 +188,8 @@ DATABASE_TIMEOUT_MS = 5 * SECOND_MS
 """Reads that take longer are given up."""
 
 # HTTP
+REQUEST_ID_LENGTH_MAX = 64
+"""Of an id that a client gives its request."""
 BODY_BYTES_MAX = 1024 * 1024
 PAGE_LIMIT_DEFAULT = 20
 PAGE_LIMIT_MAX = 100

@@ -4,7 +4,6 @@ Several may share the port (`SO_REUSEPORT`); the kernel spreads connections over
 """
 
 import asyncio
-import logging
 import os
 import socket
 from typing import Any, Final, NoReturn
@@ -16,6 +15,7 @@ import uvicorn
 from actors.bootstrap import Host, Place, host_of, keep_synchronised, set_up_logging, settle_memory
 from actors.clock import Clock
 from actors.database import ERRORS
+from actors.logs import get_logger
 from actors.ray_actor import begin, die_if_failed, spawn
 from engine.limits import MEBIBYTE, RAISED_ADDRESSES, SOCKET_KERNEL_BYTES
 from gateway.api.edge import HEALTHY, Edge
@@ -31,7 +31,7 @@ from gateway.socket import Sockets, make_http_protocol, make_protocol
 from gateway.suspensions import Suspensions
 from gateway.tokens import Verifier
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 RESOURCE: Final = "gavel_gateway"
 _BACKLOG: Final = 4_096
@@ -138,7 +138,7 @@ class RunningGateway:
             raise RuntimeError("the server ended before it had started")
         for task in self._tasks:
             task.add_done_callback(die_if_failed)
-        logger.info("%s serves %s:%d", self._name, door.host, door.port)
+        logger.info("the gateway serves", gateway=self._name, host=door.host, port=door.port)
 
     async def stop(self) -> None:
         """Send everybody elsewhere, answer the HTTP requests that are on their way, and end."""
@@ -158,11 +158,11 @@ class RunningGateway:
         bytes_max = door.memory_bytes_max or memory_share_bytes(door.gateways)
         self._memory = MemoryGauge(bytes_max)
         logger.info(
-            "%s may open %d files: there is room for %d sockets, in up to %d MiB",
-            self._name,
-            files,
-            sockets.sockets_max,
-            bytes_max // MEBIBYTE,
+            "there is room",
+            gateway=self._name,
+            files=files,
+            sockets=sockets.sockets_max,
+            memory_mib=bytes_max // MEBIBYTE,
         )
         return sockets
 
@@ -177,7 +177,7 @@ class RunningGateway:
         is_short = self._memory.look()
         if is_short != self._sockets.is_short_of_memory:
             self._sockets.is_short_of_memory = is_short
-            logger.warning("%s", "memory is short: nobody is let in" if is_short else "there is memory again")
+            logger.warning("memory is short: nobody is let in" if is_short else "there is memory again")
 
     async def _health(self) -> dict[str, str]:
         unreachable = self._router.unreachable()

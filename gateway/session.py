@@ -131,7 +131,6 @@ class Session:
     """One connection, from before its hello to its close."""
 
     __slots__ = (
-        "_connection",
         "_errors",
         "_errors_since",
         "_identity",
@@ -146,12 +145,13 @@ class Session:
         "_suspended",
         "_unanswered",
         "_verify",
+        "connection",
         "is_closed",
     )
 
     def __init__(self, connection: UUID, verify: Verify, now: int, suspended: Container[UUID] = frozenset()) -> None:
         self.is_closed = False
-        self._connection = connection
+        self.connection = connection
         self._verify = verify
         self._suspended = suspended
         """The users that are, at this moment: this changes under us."""
@@ -313,7 +313,7 @@ class Session:
             return self._close(NOT_WELCOME, "A connection stays with the user that it began with.")
         self._identity = identity
         self._is_welcomed = True
-        return [Send(wire.encode_welcome(message.ref, self._connection, identity, now))]
+        return [Send(wire.encode_welcome(message.ref, self.connection, identity, now))]
 
     def _bid(self, message: wire.Bid) -> list[Intent]:
         if self._identity is None:

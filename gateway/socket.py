@@ -27,6 +27,7 @@ from picows import (
 from picows.picows import WSProtocol  # type: ignore[attr-defined]  # Public, though its stub does not name it.
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from actors.logs import get_logger
 from actors.messages import Answer, Payload
 from engine.limits import (
     BUSY_REST_MS,
@@ -62,7 +63,7 @@ from gateway.session import (
 )
 from gateway.wire import Standing, Subscribed
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 PATH: Final = b"/v1/live"
 SUBPROTOCOL: Final = "gavel.v1"
@@ -497,6 +498,7 @@ class ClientSocket(WSListener):
         if self._is_closing:
             return
         self._leave()
+        logger.debug("a socket is closed", connection=self._session.connection, code=code, reason=reason)
         assert len(reason.encode()) <= CLOSE_REASON_BYTES_MAX
         # Cython's enum takes every number, as RFC 6455 wants it; its stub does not say so.
         self.transport.send_close(cast("WSCloseCode", code), reason.encode())
@@ -581,7 +583,7 @@ class _QuietLogger(logging.LoggerAdapter[logging.Logger]):
             super().error(msg, *args, **kwargs)
 
 
-_LOGGER: Final = _QuietLogger(logger)
+_LOGGER: Final = _QuietLogger(logging.getLogger(__name__))
 
 
 def make_http_protocol(connections_max: int) -> "type[HttpProtocol]":

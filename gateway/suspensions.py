@@ -1,16 +1,16 @@
 """Who is suspended. Postgres knows; a gateway reads it when it starts, and asks every second if it has changed."""
 
 import asyncio
-import logging
 from typing import Final, NoReturn
 from uuid import UUID
 
 import asyncpg
 
 from actors.database import ERRORS, is_passing
+from actors.logs import get_logger
 from engine.limits import SECOND_MS, SUSPENDED_MAX, SUSPENSIONS_MS
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 # The same for the same users, in whatever order they are read.
 _FINGERPRINT: Final = "SELECT count(*), sum(uuid_hash_extended(user_id, 0)) FROM suspensions"
@@ -55,7 +55,7 @@ class Suspensions:
             except ERRORS as error:
                 if not is_passing(error):
                     raise
-                logger.debug("nobody knows who is suspended: %s", error)
+                logger.debug("nobody knows who is suspended", error=str(error))
 
 
 async def suspend(connection: asyncpg.Connection, user: UUID) -> bool:

@@ -19,6 +19,7 @@ import migrations
 from actors.bootstrap import Place
 from actors.database import ERRORS
 from actors.directory import Directory
+from actors.logs import log_to_terminal
 from engine.limits import FILES_RESERVED, SOCKETS_MAX
 from gateway.room import raise_file_limit, sockets_for
 from gavel.certificate import check_certificate
@@ -58,6 +59,7 @@ def command(demo: bool, **given: object) -> None:
     """
     settings = load_settings(**given)
     check_certificate(settings.tls_certificate, settings.tls_key)
+    log_to_terminal()
     asyncio.run(_up(settings, is_demo=demo))
 
 

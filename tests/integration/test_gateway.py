@@ -8,6 +8,7 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn, cast
 from uuid import UUID, uuid4
@@ -21,6 +22,7 @@ from actors import bootstrap, clock, database
 from actors.bootstrap import Place, RunningShard, host_of, start_shard
 from actors.directory import Directory
 from actors.journal import SELECT_ROWS, row_of
+from actors.logs import get_logger
 from engine.audit import Audit
 from engine.commands import Role
 from gateway.gateway_actor import Door, RunningGateway, start_gateway
@@ -412,14 +414,33 @@ async def test_each_process_logs_to_a_file_of_its_own(engine: Engine) -> None:
     root.handlers = []
     try:
         bootstrap.set_up_logging(engine.place, "shard-7")
-        logging.getLogger("actors").info("taken")
+        logging.getLogger("uvicorn").info("taken by %s", "someone", extra={"color_message": "TAKEN"})
+        get_logger("actors").info("serves", auction=MAKER, slots=7)
+        try:
+            raise ConnectionError("gone")
+        except ConnectionError:
+            get_logger("actors").exception("broke")
         (handler,) = root.handlers
         handler.close()
     finally:
         root.handlers = handlers
         root.setLevel(level)
         logging.getLogger("picows").setLevel(logging.NOTSET)
-    assert "INFO actors: taken" in (Path(engine.place.log_dir) / "shard-7.log").read_text()
+    lines = [json.loads(line) for line in (Path(engine.place.log_dir) / "shard-7.log").read_text().splitlines()]
+    for line in lines:
+        assert datetime.fromisoformat(line.pop("timestamp")).tzinfo == UTC
+    assert lines[:2] == [
+        {"process": "shard-7", "level": "info", "logger": "uvicorn", "event": "taken by someone"},
+        {
+            "process": "shard-7",
+            "level": "info",
+            "logger": "actors",
+            "event": "serves",
+            "auction": str(MAKER),
+            "slots": 7,
+        },
+    ]
+    assert lines[2]["exception"].endswith("ConnectionError: gone")
 
 
 async def test_with_a_certificate_all_goes_over_tls(
