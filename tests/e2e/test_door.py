@@ -1,4 +1,4 @@
-"""Whatever goes wrong, no log and no sentence of the engine holds a secret."""
+"""The door of a whole engine: TLS, suspension, and no secret in a log, whatever goes wrong."""
 
 import asyncio
 import tempfile
@@ -16,6 +16,7 @@ from actors.network import WebSockets
 from gateway.tokens import issue, make_key_pair
 from tests.e2e.engine import Engine, wait_until
 from tests.e2e.live import Live, call, connected, open_auction
+from tests.support.certificates import make_certificate
 from tests.support.postgres import OwnPostgres
 
 SECRET = "hush-this-is-the-clusters-secret"
@@ -25,7 +26,7 @@ PASSWORD = "hush-this-is-the-databases-password"
 pytestmark = pytest.mark.timeout(180)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def postgres() -> Iterator[OwnPostgres]:
     # Not pytest's folder: Postgres, as another user, must be able to reach it.
     with tempfile.TemporaryDirectory(prefix="gt-", dir="/tmp") as folder:
@@ -37,18 +38,62 @@ def postgres() -> Iterator[OwnPostgres]:
             postgres.stop()
 
 
-def test_no_log_holds_a_secret(postgres: OwnPostgres) -> None:
-    database_url = postgres.url.replace("postgres@", f"postgres:{PASSWORD}@", 1)
-    environment = {"GAVEL_SECRET": SECRET, "GAVEL_DATABASE_URL": database_url, "GAVEL_LOG_LEVEL": "debug"}
-    with Engine(environment=environment) as engine:
-        engine.start("--shards", "1")
-        asyncio.run(provoke(engine, postgres))
-        # Ray's logs are gone with Ray.
-        logs = engine.logs()
-        engine.stop()
-        logs |= engine.logs()
-        key = engine.keys.private_pem.decode().splitlines()[1]
-        hidden = {SECRET, OTHER_SECRET, PASSWORD, key, *(token.rpartition(".")[2] for token in engine.tokens)}
+@pytest.fixture(scope="module")
+def engine(postgres: OwnPostgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """An engine that speaks TLS, with a secret and a password of its own, and tells all that it has to tell."""
+    certificate = make_certificate(tmp_path_factory.mktemp("tls"))
+    environment = {
+        "GAVEL_DATABASE_URL": postgres.url.replace("postgres@", f"postgres:{PASSWORD}@", 1),
+        "GAVEL_LOG_LEVEL": "debug",
+        "GAVEL_SECRET": SECRET,
+        "GAVEL_TLS_CERTIFICATE": str(certificate.path),
+        "GAVEL_TLS_KEY": str(certificate.key_path),
+        # What it starts trusts its certificate, and so do the tests.
+        "SSL_CERT_FILE": str(certificate.path),
+    }
+    with Engine("--shards", "1", environment=environment) as engine, pytest.MonkeyPatch.context() as patched:
+        patched.setenv("SSL_CERT_FILE", str(certificate.path))
+        engine.url = engine.url.replace("http:", "https:")
+        engine.live_url = engine.live_url.replace("ws:", "wss:")
+        yield engine.start()
+
+
+async def test_the_command_line_trusts_a_certificate_that_it_is_given(engine: Engine) -> None:
+    maker = uuid4()
+    auction = await open_auction(engine, maker)
+    watching = asyncio.create_task(asyncio.to_thread(engine.gavel, "watch", str(auction), "--url", engine.url))
+    async with connected(engine, engine.token(uuid4())) as live:
+        assert (await live.bid(auction, max_amount=5_000))["type"] == "ack"
+    end = await call(
+        engine, "POST", f"/auctions/{auction}/end", token=engine.token(uuid4(), "admin"), body={"reason": "It broke."}
+    )
+    assert end.status_code == 200, end.text
+    watched = await watching
+    assert (watched.returncode, watched.stderr) == (0, "")
+    # However late it came.
+    assert "paddle 1" in watched.stdout
+
+
+async def test_a_suspended_user_is_sent_away(engine: Engine) -> None:
+    user = uuid4()
+    token = engine.token(user)
+    async with connected(engine, token) as live:
+        suspended = await asyncio.to_thread(engine.gavel, "suspend", str(user))
+        assert (suspended.returncode, suspended.stdout) == (0, f"{user} is suspended.\n")
+        assert await live.close_code() == 4501
+    lifted = await asyncio.to_thread(engine.gavel, "suspend", str(user), "--lift")
+    assert (lifted.returncode, lifted.stdout) == (0, f"{user} is not suspended.\n")
+
+
+def test_no_log_holds_a_secret(engine: Engine, postgres: OwnPostgres) -> None:
+    """The last one: it takes Postgres down, and ends the engine."""
+    asyncio.run(provoke(engine, postgres))
+    # Ray's logs are gone with Ray.
+    logs = engine.logs()
+    engine.stop()
+    logs |= engine.logs()
+    key = engine.keys.private_pem.decode().splitlines()[1]
+    hidden = {SECRET, OTHER_SECRET, PASSWORD, key, *(token.rpartition(".")[2] for token in engine.tokens)}
     text = "".join(logs.values())
     # What was provoked was logged.
     assert "does not hold the cluster's secret" in text
