@@ -17,11 +17,10 @@ import asyncpg
 from actors.database import ERRORS, is_passing
 from actors.journal import past_old_session
 from actors.logs import get_logger
-from engine.limits import OWNER_SILENT_MS, SECOND_MS, SLOTS, WRITE_TIMEOUT_MS
+from engine.limits import CLAIM_RETRY_MS, OWNER_SILENT_MS, SECOND_MS, SLOTS, WRITE_TIMEOUT_MS
 
 logger = get_logger(__name__)
 
-_CLAIM_INTERVAL_S: Final = 0.1
 _TIMEOUT_S: Final = WRITE_TIMEOUT_MS / SECOND_MS
 
 
@@ -120,7 +119,7 @@ class Directory:
             else:
                 if taken is not None:
                     return taken
-            await asyncio.sleep(_CLAIM_INTERVAL_S)
+            await asyncio.sleep(CLAIM_RETRY_MS / SECOND_MS)
 
     async def _claim(
         self, shard: int, owner: UUID, backend_pid: int, refuses: Callable[[str], Awaitable[bool]]

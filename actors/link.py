@@ -54,12 +54,14 @@ from engine.limits import (
     COMMAND_TIMEOUT_MS,
     LINK_BATCH_MAX,
     LINK_DEAD_MS,
+    LINK_DEATHS_MAX,
     LINK_FOLD_BYTES,
     LINK_GREETING_MS,
     LINK_IN_FLIGHT_MAX,
     LINK_LINE_MAX,
     LINK_OUTPUT_BYTES,
     LINK_PING_MS,
+    LINK_RETRY_MS,
     LINK_WRITE_BYTES_MAX,
     SECOND_MS,
 )
@@ -72,11 +74,8 @@ _HEADER_BYTES: Final = 14
 """The longest header of a frame (RFC 6455, section 5.2)."""
 _UNANSWERED: Final = (Unsubscribe, Viewers, Unfollow)
 """What is told and has no answer. A link that breaks takes it along."""
-_DEATHS_MAX: Final = 2
-"""A command that was in flight at so many deaths of a shard is not sent again: it may be what kills it."""
 _MESSAGE_BYTES: Final = 256
 """About the size of an answer without events."""
-_RETRY_S: Final = 0.05
 _UNBOUNDED: Final = (Watch, Follow, *_UNANSWERED)
 
 
@@ -407,7 +406,7 @@ class Link:
         waiting = _InFlight(number, payload, on_answer, self._loop.time() + COMMAND_TIMEOUT_MS / SECOND_MS)
         if isinstance(payload, Watch):
             waiting.deaths = self._suspects.pop(payload.auction, 0)
-            if waiting.deaths >= _DEATHS_MAX:
+            if waiting.deaths >= LINK_DEATHS_MAX:
                 on_answer(INTERNAL)
                 return
         if not isinstance(payload, _UNANSWERED):
@@ -446,7 +445,7 @@ class Link:
         while True:
             end = await self._connect()
             if end is None:
-                await asyncio.sleep(_RETRY_S)
+                await asyncio.sleep(LINK_RETRY_MS / SECOND_MS)
                 continue
             try:
                 self._open(end)
@@ -497,7 +496,7 @@ class Link:
         self._batch = []
         self._on_open(self.shard)
         for one in waiting:
-            if one.deaths < _DEATHS_MAX:
+            if one.deaths < LINK_DEATHS_MAX:
                 self._queue(one)
             elif one.is_command:
                 one.payload = _without_doing_it(one.payload)

@@ -7,13 +7,11 @@ import logging
 import logging.handlers
 import sys
 from pathlib import Path
-from typing import Final
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-_FILE_BYTES_MAX: Final = 10 * 1024 * 1024
-_OLD_FILES: Final = 3
+from engine.limits import LOG_BYTES_MAX, LOG_FILES_OLD_MAX
 
 structlog.configure(
     processors=[structlog.stdlib.filter_by_level, structlog.stdlib.render_to_log_kwargs],
@@ -27,7 +25,7 @@ get_logger = structlog.stdlib.get_logger
 
 def log_to_file(path: Path, level: str, **context: object) -> None:
     """Log to a file of this process's own, which does not grow for ever. `context` stands in each line."""
-    handler = logging.handlers.RotatingFileHandler(path, maxBytes=_FILE_BYTES_MAX, backupCount=_OLD_FILES)
+    handler = logging.handlers.RotatingFileHandler(path, maxBytes=LOG_BYTES_MAX, backupCount=LOG_FILES_OLD_MAX)
     handler.setFormatter(json_lines(**context))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("picows").setLevel(logging.WARNING)

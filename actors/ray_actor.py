@@ -9,11 +9,11 @@ from typing import Any, Final, NoReturn, TypeVar
 import ray
 
 from actors.logs import get_logger
+from engine.limits import ACTOR_CALLS_MAX
 
 logger = get_logger(__name__)
 
 NAMESPACE: Final = "gavel"
-_CALLS_AT_ONCE: Final = 1_000
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ def spawn(actor_class: type, name: str, resource: str, *arguments: object) -> An
         lifetime="detached",
         num_cpus=0,
         resources={resource: 1},
-        max_concurrency=_CALLS_AT_ONCE,
+        max_concurrency=ACTOR_CALLS_MAX,
         max_restarts=-1,
         # A call that Ray reports as failed may have run: it is never repeated by Ray, only by a client with its id.
         max_task_retries=0,

@@ -17,7 +17,15 @@ from actors.clock import Clock
 from actors.database import ERRORS
 from actors.logs import get_logger
 from actors.ray_actor import begin, die_if_failed, spawn
-from engine.limits import MEBIBYTE, RAISED_ADDRESSES, SOCKET_KERNEL_BYTES
+from engine.limits import (
+    BACKLOG_MAX,
+    DRAIN_MS,
+    HEALTH_TIMEOUT_MS,
+    MEBIBYTE,
+    RAISED_ADDRESSES,
+    SECOND_MS,
+    SOCKET_KERNEL_BYTES,
+)
 from gateway.api.edge import HEALTHY, Edge
 from gateway.app import create_app
 from gateway.bootstrap import connect
@@ -34,9 +42,6 @@ from gateway.tokens import Verifier
 logger = get_logger(__name__)
 
 RESOURCE: Final = "gavel_gateway"
-_BACKLOG: Final = 4_096
-_STOP_S: Final = 5
-_HEALTH_S: Final = 2
 
 
 class Door(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,10 +122,10 @@ class RunningGateway:
             server_header=False,
             # Rates go by who is connected: what a header says of it anybody could write.
             proxy_headers=False,
-            backlog=_BACKLOG,
+            backlog=BACKLOG_MAX,
             ssl_certfile=door.tls_certificate,
             ssl_keyfile=door.tls_key,
-            timeout_graceful_shutdown=_STOP_S,
+            timeout_graceful_shutdown=DRAIN_MS // SECOND_MS,
         )
         self._server = uvicorn.Server(config)
         loop = asyncio.get_running_loop()
@@ -188,7 +193,7 @@ class RunningGateway:
 
     async def _database_health(self) -> str:
         try:
-            await self._pool.fetchval("SELECT 1", timeout=_HEALTH_S)
+            await self._pool.fetchval("SELECT 1", timeout=HEALTH_TIMEOUT_MS / SECOND_MS)
         except ERRORS:
             return "out of reach"
         return HEALTHY
@@ -243,5 +248,5 @@ def _listening_socket(host: str, port: int) -> socket.socket:
     # What is accepted here inherits it: what a client does not read is bounded in the kernel, too.
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_KERNEL_BYTES)
     listening.bind((host, port))
-    listening.listen(_BACKLOG)
+    listening.listen(BACKLOG_MAX)
     return listening

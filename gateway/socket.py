@@ -74,7 +74,7 @@ _OK: Final = 1000
 _PROTOCOL_ERROR: Final = 1002
 _MESSAGE_TOO_BIG: Final = 1009
 
-_COPIED_BYTES_MAX: Final = 8_192
+_COPIED_BYTES: Final = 8_192
 """picows copies messages up to this size before it writes them."""
 _HEADER_BYTES: Final = 14
 """The room that picows wants before a message to write a frame's header into."""
@@ -82,8 +82,8 @@ _TEXT: Final = WSMsgType.TEXT
 _TEXT_HEADER: Final = 0x81
 """A text message in one frame (RFC 6455, section 5.2)."""
 _EXTENDED: Final = 126
-"""Stands for a length from here on up to `_SHORT_BYTES_MAX`, which follows in two bytes."""
-_SHORT_BYTES_MAX: Final = 65_535
+"""Stands for a length from here on up to `_SHORT_BYTES`, which follows in two bytes."""
+_SHORT_BYTES: Final = 65_535
 
 
 # What a socket needs
@@ -289,7 +289,7 @@ class ClientSocket(WSListener):
 
     def send(self, frame: bytes) -> None:
         """Write a text message; does nothing once the socket is closed."""
-        if len(frame) <= _COPIED_BYTES_MAX:
+        if len(frame) <= _COPIED_BYTES:
             self.transport.send(_TEXT, frame)
         else:
             # Of a larger message picows leaves the header in a buffer that its next message overwrites, perhaps before
@@ -403,7 +403,7 @@ class ClientSocket(WSListener):
         picows, which would ask the system to send it at once, then puts what follows behind it.
         """
         size = len(frame)
-        assert size <= _SHORT_BYTES_MAX
+        assert size <= _SHORT_BYTES
         if not (self.transport.is_close_frame_sent or self.transport.is_disconnected):
             header = (
                 bytes((_TEXT_HEADER, size)) if size < _EXTENDED else struct.pack("!BBH", _TEXT_HEADER, _EXTENDED, size)

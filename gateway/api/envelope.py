@@ -25,7 +25,7 @@ from structlog.contextvars import bound_contextvars
 from typing_extensions import TypedDict
 
 from actors.logs import get_logger
-from engine.limits import BODY_BYTES_MAX, REQUEST_ID_LENGTH_MAX, SECOND_MS
+from engine.limits import BODY_BYTES_MAX, LINGER_BYTES_MAX, LINGER_MS, REQUEST_ID_LENGTH_MAX, SECOND_MS
 from engine.money import to_decimal
 from engine.rejections import Code, Rejection
 from gateway.api.values import MoneyOut
@@ -370,9 +370,6 @@ class _Envelope:
 _CLOSE: Final = {"Connection": "close"}
 """Nobody reads the rest of too large a body, so the connection cannot be used again."""
 
-LINGER_BYTES_MAX: Final = 8 * BODY_BYTES_MAX
-LINGER_S = 2.0
-
 
 async def _discard(receive: Receive) -> None:
     """Throw away the rest of too large a body, within bounds.
@@ -381,7 +378,7 @@ async def _discard(receive: Receive) -> None:
     """
     discarded = 0
     with suppress(TimeoutError):
-        async with asyncio.timeout(LINGER_S):
+        async with asyncio.timeout(LINGER_MS / SECOND_MS):
             while discarded < LINGER_BYTES_MAX and (message := await receive()).get("more_body"):
                 discarded += len(message.get("body", b""))
 
@@ -399,7 +396,7 @@ def _content_length(scope: Scope) -> int:
     """The body's length as its header says; 0 where it does not (the bytes are counted as well)."""
     value = dict(scope["headers"]).get(b"content-length", b"")
     # Cut, because Python refuses to read thousands of digits; what is left of so many is too large as well.
-    return int(value[:_LENGTH_DIGITS_MAX]) if value.isdigit() else 0
+    return int(value[:_LENGTH_DIGITS]) if value.isdigit() else 0
 
 
-_LENGTH_DIGITS_MAX: Final = 20
+_LENGTH_DIGITS: Final = 20

@@ -15,10 +15,10 @@ from starlette.types import Message, Receive, Scope, Send
 
 from actors.logs import json_lines
 from engine.commands import EndAuction, PlaceBid
-from engine.limits import BODY_BYTES_MAX, REQUEST_ID_LENGTH_MAX
+from engine.limits import BODY_BYTES_MAX, LINGER_BYTES_MAX, REQUEST_ID_LENGTH_MAX
 from engine.rejections import Code, Rejection
 from gateway.api import envelope
-from gateway.api.envelope import LINGER_BYTES_MAX, STATUSES, Refused, install, iso
+from gateway.api.envelope import STATUSES, Refused, install, iso
 from tests.gateway.engine_router import World, as_user, auction_to_open
 
 AUCTIONS = "/api/v1/auctions"
@@ -276,7 +276,7 @@ async def test_a_chunked_body_is_not_read_whole(client: httpx.AsyncClient) -> No
 
 
 async def test_nobody_waits_long_for_the_rest_of_too_large_a_body(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(envelope, "LINGER_S", 0.01)
+    monkeypatch.setattr(envelope, "LINGER_MS", 10)
     app = FastAPI()
     install(app)
     sent: list[Message] = []

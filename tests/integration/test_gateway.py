@@ -511,7 +511,7 @@ async def test_a_shard_waits_for_a_database_that_is_just_starting(
         assert pool is not None
         return pool
 
-    monkeypatch.setattr(database, "_CONNECT_RETRY_S", 0.001)
+    monkeypatch.setattr(database, "DATABASE_RETRY_MS", 1)
     monkeypatch.setattr(asyncpg, "create_pool", fail_twice)
     pool = await database.Postgres(database_url).pool()
     await pool.close()

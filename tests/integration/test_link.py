@@ -143,7 +143,7 @@ class Site:
 
 @pytest.fixture
 async def site(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Site]:
-    monkeypatch.setattr(link_module, "_RETRY_S", 0.002)
+    monkeypatch.setattr(link_module, "LINK_RETRY_MS", 2)
     async with Site() as site:
         yield site
 
