@@ -33,6 +33,7 @@ from gateway.origins import Origins
 from gateway.socket import ClientSocket, HttpProtocol, Sink, Sockets, make_http_protocol, make_protocol
 from gateway.tokens import Verifier, issue, make_key_pair
 from gateway.wire import Standing, Subscribed
+from loadtests import clients
 from tests.support.certificates import Certificate, make_certificate
 from tests.support.waiting import quiet, until
 
@@ -803,6 +804,16 @@ async def test_over_tls_our_own_origin_is_another(certificate: Certificate) -> N
         with pytest.raises(InvalidStatus):
             async with gateway.client(additional_headers={"Origin": f"http://127.0.0.1:{gateway.port}"}):
                 pass
+
+
+async def test_clients_of_the_benchmark_speak_tls(certificate: Certificate, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate.path))
+    async with running(certificate=certificate) as gateway:
+        client = clients.Client()
+        await clients.connect([client], f"https://127.0.0.1:{gateway.port}")
+        assert len(gateway.sockets) == 1
+        clients.disconnect([client])
+        await until(lambda: len(gateway.sockets) == 0)
 
 
 async def send_large_and_small(gateway: Gateway) -> None:
