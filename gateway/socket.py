@@ -574,7 +574,7 @@ class _QuietLogger(logging.LoggerAdapter[logging.Logger]):
     """
 
     def info(self, msg: object, *args: object, **kwargs: Any) -> None:  # noqa: ANN401 (as in logging)
-        self.debug(msg, *args, **kwargs)
+        """Say nothing: whence a peer comes is nobody's business."""
 
     def error(self, msg: object, *args: object, **kwargs: Any) -> None:  # noqa: ANN401 (as in logging)
         if str(msg).startswith("WS parser error"):

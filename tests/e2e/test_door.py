@@ -98,6 +98,10 @@ def test_no_log_holds_a_secret(engine: Engine, postgres: OwnPostgres) -> None:
     # What was provoked was logged.
     assert "does not hold the cluster's secret" in text
     assert "the shard is away" in text
+    # Nor does anybody note whence clients came.
+    gateway = engine.data_dir / "logs" / "gateway-0.log"
+    assert "a socket is closed" in logs[gateway]
+    assert "accepted" not in logs[gateway]
     assert [(path, secret) for path, text in logs.items() for secret in hidden if secret in text] == []
 
 
