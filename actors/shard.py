@@ -73,6 +73,8 @@ from engine.limits import (
     ALIVE_MS,
     AWAKE_MAX,
     EVENTS_PER_SNAPSHOT,
+    GATHER_MS,
+    GATHER_ROWS_MIN,
     IDLE_MS,
     OUTAGE_MS,
     READ_AHEAD_MS,
@@ -608,10 +610,17 @@ class Shard:
 
     async def _write(self) -> None:
         """The one writer: append what was decided, then let its answers out."""
+        loop = asyncio.get_running_loop()
+        next_at = loop.time()
         while True:
             await self._work.wait()
+            if (rest_s := next_at - loop.time()) > 0:
+                await asyncio.sleep(rest_s)
             self._work.clear()
             turn = self._next_turn()
+            if len(turn.rows) >= GATHER_ROWS_MIN:
+                # A commit costs as much as 10 events: under load those that would follow at once share one.
+                next_at = loop.time() + GATHER_MS / SECOND_MS
             if turn.rows or turn.steps or self._is_sign_wanted:
                 await self._come_back(await self._commit(turn))
             else:

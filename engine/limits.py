@@ -159,6 +159,10 @@ LOOKUP_RETRY_MS = 1 * SECOND_MS
 SLOTS = 1_024
 SHARD_LINE_MAX = 8_192
 """Commands that a shard holds undecided or uncommitted before it answers `busy`."""
+GATHER_MS = 2
+"""While bids come faster than one a commit, commits begin at least so far apart: half as many, of twice the size."""
+GATHER_ROWS_MIN = 4
+"""A commit of so many events says that they do."""
 VERDICTS_REMEMBERED = 10_000
 AWAKE_MAX = 10_000
 """Auctions that a shard keeps in memory; the longest unused make room for others."""
@@ -190,7 +194,7 @@ READ_TRIES = 3
 READ_AHEAD_MS = 10 * SECOND_MS
 """So much nearer to its end an auction may come while all of these are read."""
 BUSY_RETRY_MS = 250
-BUSY_REST_MS = 80
+BUSY_REST_MS = 120
 """About so long nothing is read from a socket that was told `busy`; what it sent meanwhile is then read at once."""
 CLOCK_SYNC_MS = MINUTE_MS
 CLOCK_ROUND_TRIP_MS_MAX = 50
@@ -245,6 +249,8 @@ assert LINK_BATCH_MAX * WATCH_VIEWERS_MAX * 20 <= LINK_FRAME_BYTES_MAX
 # One frame with answers does not make a gateway one that is behind, nor one frame to a socket one that is too slow.
 assert LINK_OUTPUT_BYTES < LINK_FOLD_BYTES < LINK_WRITE_BYTES_MAX
 assert SOCKET_BEHIND_BYTES < SOCKET_WRITE_BYTES_MAX
+# A socket is looked at with each heartbeat: soon enough for what may come nearer meanwhile.
+assert min(TOKEN_GRACE_MS, SOCKET_BEHIND_MS_MAX) > HEARTBEAT_MS
 assert TOPIC_EVENTS_BYTES_MAX < TOPICS_EVENTS_BYTES_MAX
 assert TOPIC_EVENTS_BYTES_MAX + TOPIC_KEPT_BYTES_MAX < SOCKET_WRITE_BYTES_MAX
 assert FOLLOWED_MAX >= SOCKETS_MAX
@@ -265,5 +271,5 @@ assert TOKEN_LENGTH_MAX < FRAME_BYTES_MAX
 assert CLOSE_TIMEOUT_MS < DRAIN_MS
 # What waits for Postgres can still say so.
 assert max(HEALTH_TIMEOUT_MS, LIST_TIMEOUT_MS) < DATABASE_TIMEOUT_MS
-# Asked, answered, come to each socket with the next tick, and cut off.
-assert SUSPENSIONS_MS * 2 + SECOND_MS + CLOSE_TIMEOUT_MS <= SUSPENDED_MS_MAX
+# Asked in vain, asked and answered, and cut off.
+assert SUSPENSIONS_MS * 4 + CLOSE_TIMEOUT_MS <= SUSPENDED_MS_MAX

@@ -133,7 +133,7 @@ class RunningGateway:
             loop.create_task(self._server.serve(sockets=[_listening_socket(door.host, door.port)])),
             loop.create_task(self._tick()),
             loop.create_task(keep_synchronised(self._clock, self._pool)),
-            loop.create_task(suspensions.follow()),
+            loop.create_task(suspensions.follow(self._sockets.suspensions_changed)),
         ]
         serving = self._tasks[0]
         while not self._server.started and not serving.done():  # noqa: ASYNC110 (uvicorn has no event to wait for)

@@ -24,7 +24,7 @@ from engine.limits import (
     SUBSCRIPTIONS_MAX,
     TOKEN_GRACE_MS,
 )
-from engine.rejections import SUSPENDED, Rejection
+from engine.rejections import BUSY, SUSPENDED, Rejection
 from gateway import wire
 from gateway.rates import rate_limited
 from gateway.tokens import Identity, TokenInvalid
@@ -173,8 +173,8 @@ class Session:
 
     # What comes from the client
 
-    def text_received(self, data: bytes, now: int) -> list[Intent]:
-        """Take a whole text message."""
+    def text_received(self, data: bytes, now: int, *, is_busy: bool = False) -> list[Intent]:
+        """Take a whole text message. `is_busy`: no bid can be taken just now."""
         if self.is_closed:
             return []
         self.activity()
@@ -190,7 +190,7 @@ class Session:
             return self._hello_first(message.ref, now)
         match message:
             case wire.Bid():
-                return self._bid(message)
+                return self._bid(message, is_busy=is_busy)
             case wire.Subscribe():
                 return self._subscribe(message)
             case wire.Unsubscribe():
@@ -203,11 +203,9 @@ class Session:
 
     def rate_limited(self, data: bytes, retry_after_ms: int, now: int) -> list[Intent]:
         """Refuse a whole text message, for there were too many; who goes on all the same is closed."""
-        return self.over_rate(now) or self.refused(data, rate_limited(retry_after_ms))
-
-    def refused(self, data: bytes, rejection: Rejection) -> list[Intent]:
-        """Refuse a whole text message unread, but for its `ref`."""
-        return [] if self.is_closed else [_refusal(wire.ref_of(data), rejection, None)]
+        if self.is_closed:
+            return []
+        return self.over_rate(now) or [_refusal(wire.ref_of(data), rate_limited(retry_after_ms), None)]
 
     def over_rate(self, now: int) -> list[Intent]:
         """Note something that came too often; after too many of these this is closed."""
@@ -268,16 +266,23 @@ class Session:
 
     # What comes with time
 
+    @property
+    def due_at(self) -> int:
+        """When `tick` has something to do, in milliseconds; what the client sends may put it off."""
+        if not self._is_welcomed:
+            return min(self._ping_at, self._opened_at + HELLO_TIMEOUT_MS)
+        if self._identity is None:
+            return self._ping_at
+        return min(self._ping_at, self._identity.expires_at + TOKEN_GRACE_MS + 1)
+
     def tick(self, now: int) -> list[Intent]:
-        """Do what is due; to be called about once a second."""
+        """Do what is due at this time."""
         if self.is_closed:
             return []
         if not self._is_welcomed and now - self._opened_at >= HELLO_TIMEOUT_MS:
             return self._close(NOT_WELCOME, "There was no hello in time.")
         if self._identity is not None and now > self._identity.expires_at + TOKEN_GRACE_MS:
             return self._close(NOT_WELCOME, "The token has expired.")
-        if self._is_suspended(self._identity):
-            return self._close(NOT_WELCOME, SUSPENDED.message)
         if now < self._ping_at:
             return []
         if self._pings_unanswered >= HEARTBEATS_MISSED_MAX:
@@ -285,6 +290,10 @@ class Session:
         self._pings_unanswered += 1
         self._ping_at = now + HEARTBEAT_MS
         return [Ping()]
+
+    def suspensions_changed(self) -> list[Intent]:
+        """Close, if the user is among the suspended by now."""
+        return self._close(NOT_WELCOME, SUSPENDED.message) if self._is_suspended(self._identity) else []
 
     def drained(self) -> list[Intent]:
         """Say goodbye: this gateway is going away."""
@@ -315,13 +324,15 @@ class Session:
         self._is_welcomed = True
         return [Send(wire.encode_welcome(message.ref, self.connection, identity, now))]
 
-    def _bid(self, message: wire.Bid) -> list[Intent]:
+    def _bid(self, message: wire.Bid, *, is_busy: bool) -> list[Intent]:
         if self._identity is None:
             rejection = Rejection("not_authenticated", "Log in to bid.")
             return [_refusal(message.ref, rejection, message.bid_id)]
         if self._is_suspended(self._identity):
             # Not rejected: this bid may be the retry of one that was placed.
             return self._close(NOT_WELCOME, SUSPENDED.message)
+        if is_busy:
+            return [_refusal(message.ref, BUSY, message.bid_id)]
         if self._in_flight >= IN_FLIGHT_MAX:
             text = f"At most {IN_FLIGHT_MAX} bids may wait for their answers."
             return [_error(message.ref, "too_many", text, retry_after_ms=BUSY_RETRY_MS)]

@@ -42,7 +42,7 @@ from engine.limits import (
     SOCKET_WRITE_BYTES_MAX,
     SOCKETS_MAX,
 )
-from engine.rejections import BUSY, Rejection
+from engine.rejections import Rejection
 from gateway.origins import Origins
 from gateway.rates import Rates, Visit, rate_limited
 from gateway.session import (
@@ -61,6 +61,7 @@ from gateway.session import (
     Unsubscribe,
     Verify,
 )
+from gateway.slices import Slices
 from gateway.wire import Standing, Subscribed
 
 logger = get_logger(__name__)
@@ -162,18 +163,22 @@ class Sockets:
         """While it is, nobody is let in."""
         self._rates = rates or Rates()
         self._open: dict[ClientSocket, Visit] = {}
+        self._due: dict[int, dict[ClientSocket, None]] = {}
+        """Those for which something is due, by the second. So a tick costs nothing for all others."""
+        self._slices = Slices()
 
     def __len__(self) -> int:
         return len(self._open)
 
     def tick(self, now: int) -> None:
-        """Let each socket do what is due; to be called about once a second."""
-        for socket in tuple(self._open):
-            try:
-                socket.tick(now)
-            except Exception:
-                # One client's trouble is not another's.
-                logger.exception("a socket's tick failed")
+        """Let sockets do what is due; to be called about once a second."""
+        for second in sorted(self._due):
+            if second * SECOND_MS <= now:
+                self._slices.run(tuple(self._due.pop(second)), partial(self._tick, now=now))
+
+    def suspensions_changed(self) -> None:
+        """Have each socket see if its user is among the suspended by now."""
+        self._slices.run(tuple(self._open), ClientSocket.suspensions_changed)
 
     def drain(self) -> None:
         """Close all sockets, and whatever still connects: this gateway is going away."""
@@ -188,6 +193,7 @@ class Sockets:
         visit = self._rates.enter(address, now)
         if visit is not None:
             self._open[socket] = visit
+            self._schedule(socket)
         return visit
 
     def discard(self, socket: "ClientSocket") -> None:
@@ -195,6 +201,19 @@ class Sockets:
         visit = self._open.pop(socket, None)
         if visit is not None:
             self._rates.leave(visit)
+            self._due.get(socket.due_s, {}).pop(socket, None)
+
+    def _tick(self, socket: "ClientSocket", now: int) -> None:
+        if socket in self._open:
+            try:
+                socket.tick(now)
+            finally:
+                if socket in self._open:
+                    self._schedule(socket)
+
+    def _schedule(self, socket: "ClientSocket") -> None:
+        socket.due_s = -(-socket.due_at // SECOND_MS)
+        self._due.setdefault(socket.due_s, {})[socket] = None
 
 
 def make_protocol(
@@ -248,17 +267,21 @@ class ClientSocket(WSListener):
         "_fragments",
         "_is_closing",
         "_is_paused",
+        "_is_stale",
         "_people",
         "_rest",
         "_router",
         "_session",
         "_sockets",
         "_visit",
+        "due_s",
         "is_behind",
         "transport",
     )
 
     transport: WSTransport
+    due_s: int
+    """In which second its next tick is to come."""
     _visit: Visit
 
     def __init__(
@@ -279,6 +302,8 @@ class ClientSocket(WSListener):
         self._fragments: bytearray | None = None
         self._is_closing = False
         self._rest: asyncio.TimerHandle | None = None
+        self._is_stale = False
+        """What is read first came while nothing was read."""
         self._cut: asyncio.TimerHandle | None = None
         self.is_behind = False
         self._behind_since: int | None = None
@@ -302,12 +327,22 @@ class ClientSocket(WSListener):
         """Close: the client comes back and asks for what it missed."""
         self._run(self._session.too_slow())
 
+    @property
+    def due_at(self) -> int:
+        """When `tick` has something to do, in milliseconds; what comes meanwhile may put it off."""
+        due_at = self._session.due_at
+        return due_at if self._behind_since is None else min(due_at, self._behind_since + SOCKET_BEHIND_MS_MAX + 1)
+
     def tick(self, now: int) -> None:
         """Do what is due."""
         if self._behind_since is not None and now - self._behind_since > SOCKET_BEHIND_MS_MAX:
             self.close_as_too_slow()
         else:
             self._run(self._session.tick(now))
+
+    def suspensions_changed(self) -> None:
+        """Close, if the user is among the suspended by now."""
+        self._run(self._session.suspensions_changed())
 
     def drain(self) -> None:
         """Close, since this gateway is going away."""
@@ -344,10 +379,10 @@ class ClientSocket(WSListener):
             data, now = frame.get_payload_as_bytes(), self._clock()
             if retry_after_ms := self._visit.message(now):
                 self._run(self._session.rate_limited(data, retry_after_ms, now))
-            elif self._rest is not None:
-                self._run(self._session.refused(data, BUSY))
             else:
-                self._run(self._session.text_received(data, now))
+                is_stale = self._is_stale and not frame.last_in_buffer
+                self._is_stale = is_stale
+                self._run(self._session.text_received(data, now, is_busy=is_stale or self._rest is not None))
         elif kind == WSMsgType.PING:
             self._count()
             if not self._is_closing:
@@ -472,10 +507,11 @@ class ClientSocket(WSListener):
                 self._let_rest()
 
     def _let_rest(self) -> None:
-        """Read no further for a moment, and take nothing of what was read: too much is going on behind.
+        """Read no further for a moment, and take no bid of what was read: too much is going on behind.
 
-        What comes meanwhile is then read, and refused, at once, at a fraction of the price: what the refusals do not
-        cost is there for the bids that are taken. Not all wake at the same time.
+        What comes meanwhile is then read at once, and all bids but the last are refused, at a fraction of the price:
+        what the refusals do not cost is there for the bids that are taken; and these have not waited long. Not all wake
+        at the same time.
         """
         transport = self.transport.underlying_transport
         if self._rest is None and not transport.is_closing():
@@ -485,6 +521,7 @@ class ClientSocket(WSListener):
 
     def _wake(self) -> None:
         self._rest = None
+        self._is_stale = True
         transport = self.transport.underlying_transport
         if not transport.is_closing():
             transport.resume_reading()

@@ -1,6 +1,7 @@
 """Who is suspended. Postgres knows; a gateway reads it when it starts, and asks every second if it has changed."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Final, NoReturn
 from uuid import UUID
 
@@ -37,21 +38,24 @@ class Suspensions:
     def __contains__(self, user: object) -> bool:
         return user in self._users
 
-    async def read(self) -> None:
-        """Take over who is suspended now. Raises one of `ERRORS`."""
+    async def read(self) -> bool:
+        """Take over who is suspended now; whether that has changed. Raises one of `ERRORS`."""
         async with asyncio.timeout(SUSPENSIONS_MS / SECOND_MS):
             fingerprint = await self._pool.fetchrow(_FINGERPRINT)
-            if fingerprint != self._fingerprint:
-                # Who is added just now is read at once, and again the next time.
-                self._users = frozenset([user for (user,) in await self._pool.fetch(_USERS)])
-                self._fingerprint = fingerprint
+            if fingerprint == self._fingerprint:
+                return False
+            # Who is added just now is read at once, and again the next time.
+            self._users = frozenset([user for (user,) in await self._pool.fetch(_USERS)])
+            self._fingerprint = fingerprint
+            return True
 
-    async def follow(self) -> NoReturn:
+    async def follow(self, on_change: Callable[[], None]) -> NoReturn:
         """Read again and again. While Postgres is away, what it said last holds."""
         while True:
             await asyncio.sleep(SUSPENSIONS_MS / SECOND_MS)
             try:
-                await self.read()
+                if await self.read():
+                    on_change()
             except ERRORS as error:
                 if not is_passing(error):
                     raise

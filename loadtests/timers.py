@@ -55,14 +55,14 @@ async def _run(subject: Subject, options: Options) -> list[Run]:
     finally:
         disconnect(watchers)
     run = Run("timers", subject.name, f"{due:,} of {opened:,} auctions in one second", options.number)
-    late = run.latencies["late"] = Latencies()
+    late = run.latencies["ended_late"] = Latencies()
     late_ns = [
         heard_ns - ends_ms[auction] * NS_PER_MS
         for watcher in watchers
         for auction, heard_ns in watcher.heard_ns.items()
     ]
     late.add_many(max(0, ns) for ns in late_ns)
-    run.add_percentiles("late")
+    run.add_percentiles("ended_late")
     run.figures["early"] = sum(ns < 0 for ns in late_ns)
     run.figures |= cpu_percents
     run.notes = bottleneck_notes(run.figures)

@@ -111,13 +111,14 @@ def test_a_suspended_user_is_not_welcome() -> None:
     assert client.says(op="hello", token="anna 60") == SUSPENDED_CLOSE
 
 
-def test_whoever_is_suspended_is_closed_with_the_next_tick(anna: Client, guest: Client) -> None:
+def test_whoever_is_suspended_is_closed(anna: Client, guest: Client) -> None:
     for client in (anna, guest):
         client.suspended.add(BEN)
-        assert client.session.tick(NOW + 1) == []
+        assert client.session.suspensions_changed() == []
         client.suspended.add(ANNA)
-    assert guest.session.tick(NOW + 2) == []
-    assert anna.session.tick(NOW + 2) == SUSPENDED_CLOSE
+    assert guest.session.suspensions_changed() == []
+    assert anna.session.suspensions_changed() == SUSPENDED_CLOSE
+    assert anna.session.suspensions_changed() == []
 
 
 def test_a_bid_of_a_suspended_user_is_not_rejected_for_it_may_be_a_retry(anna: Client) -> None:
@@ -486,6 +487,24 @@ def test_without_a_sign_of_life_it_closes(guest: Client) -> None:
     assert isinstance(close, Close)
     assert close.code == 4002
     assert session.tick(NOW + 60_000) == []
+
+
+def test_it_says_when_it_has_something_to_do() -> None:
+    silent, guest, anna = Client(), Client(""), Client("anna 10")
+    for session, times in (
+        (silent.session, [5_000]),
+        (guest.session, [15_000, 30_000, 45_000]),
+        (anna.session, [15_000, 30_000, 45_000]),
+    ):
+        for time in times:
+            assert session.due_at == NOW + time
+            assert session.tick(NOW + time - 1) == []
+            assert session.tick(NOW + time) != []
+    lasting = Client("anna 10")
+    for late in (15_000, 30_000, 45_000, 60_000):
+        lasting.session.activity()
+        assert lasting.session.tick(NOW + late) == [Ping()]
+    assert lasting.session.due_at == NOW + 70_001
 
 
 @pytest.mark.parametrize("how", ["pong", "message"])

@@ -68,7 +68,7 @@ async def test_postgres_may_go_away_meanwhile(postgres: OwnPostgres, monkeypatch
     pool = await Postgres(postgres.url).pool()
     suspended = Suspensions(pool)
     await suspended.read()
-    following = asyncio.create_task(suspended.follow())
+    following = asyncio.create_task(suspended.follow(lambda: None))
     try:
         postgres.crash()
         assert ANNA in suspended

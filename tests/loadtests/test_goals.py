@@ -85,7 +85,7 @@ def test_refusals_are_no_fault_where_too_much_is_asked_for() -> None:
 
 
 def test_a_goal_is_not_met_if_a_run_of_ours_broke_off() -> None:
-    good = Run("timers", "gavel", "1,000 of 10,000", 0, figures={"late_p99_ms": 1})
+    good = Run("timers", "gavel", "1,000 of 10,000", 0, figures={"ended_late_p99_ms": 1})
     about = "1,000 auctions ending in one second, late p99"
     assert outcome_of(about, "timers", good).is_met is True
     broken = outcome_of(about, "timers", good, Run("timers", "gavel", BROKE_OFF, 1))
@@ -99,6 +99,18 @@ def test_it_is_said_what_makes_a_figure_worth_less() -> None:
     outcome = outcome_of("10,000 sockets, 20 bids/s, bid to screen p99", "fanout", ours, theirs)
     assert outcome.is_met is True
     assert outcome.remarks == ["the generator was at its limit", "ws: did not keep up"]
+
+
+def test_a_generator_at_its_limit_makes_a_server_slow_but_not_big() -> None:
+    figures: dict[str, float] = {"bytes_per_socket": 1, "idle_cpu_percent": 1, "generator_cpu_percent": 95}
+    again: dict[str, float] = {"reconnect_s": 1, "generator_cpu_percent": 95}
+    runs = [
+        Run("connect", "gavel", load, 0, figures=one)
+        for load, one in (("10,000 sockets", figures), ("10,000 sockets cut at once", again))
+    ]
+    remarks = {one.goal.figure: one.remarks for one in outcomes(runs, ["connect"])}
+    at_limit = ["the generator was at its limit"]
+    assert remarks == {"bytes_per_socket": [], "idle_cpu_percent": [], "reconnect_s": at_limit}
 
 
 def test_a_load_is_known_by_its_beginning() -> None:

@@ -37,7 +37,7 @@ _TRACED_CHARACTERS: Final = 300
 class Frame:
     """One WebSocket frame, as picows gives it to a listener."""
 
-    __slots__ = ("fin", "msg_type", "payload")
+    __slots__ = ("fin", "last_in_buffer", "msg_type", "payload")
 
     rsv1 = rsv2 = rsv3 = False
 
@@ -45,6 +45,8 @@ class Frame:
         self.msg_type = msg_type
         self.payload = payload
         self.fin = fin
+        self.last_in_buffer = True
+        """Nothing else was read together with it."""
 
     @property
     def payload_size(self) -> int:
@@ -540,6 +542,7 @@ class Transport:
         while arriving and arriving[0][0] <= now_us and not (came and self._pace_us):
             frame = arriving.popleft()[1]
             came += len(frame.payload)
+            frame.last_in_buffer = not arriving or arriving[0][0] > now_us or bool(came and self._pace_us)
             try:
                 if frame is _OPEN:
                     self._open()
