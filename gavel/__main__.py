@@ -12,6 +12,7 @@ from gavel.errors import CommandError
 COMMANDS: Final = {
     "up": "Run the engine: database, shards and gateways.",
     "token": "Print an access token for a user.",
+    "suspend": "Lock a user out, or let it in again.",
     "watch": "Follow an auction in the terminal.",
     "replay": "Play a recorded bid history against an engine.",
     "verify": "Check the journal: order, hash chains, decisions.",

@@ -69,6 +69,14 @@ def reachable_database(settings: Settings) -> Iterator[str]:
             postgres.stop()
 
 
+def reason_of(error: Exception) -> str:
+    """Why a database cannot be used, in words that may be shown."""
+    if isinstance(error, ValueError):
+        # What it says repeats a piece of the address, which may be one of the password.
+        return "its address cannot be read; in a password, write / as %2F, ? as %3F and # as %23"
+    return f"{type(error).__name__}: {error}"
+
+
 def _running_url(folder: Path) -> str:
     try:
         info = _library().PostmasterInfo.read_from_pgdata(folder)

@@ -19,13 +19,15 @@ import migrations
 from actors.bootstrap import Place
 from actors.database import ERRORS
 from actors.directory import Directory
+from actors.logs import log_to_terminal
 from engine.limits import FILES_RESERVED, SOCKETS_MAX
 from gateway.room import raise_file_limit, sockets_for
 from gavel.archive import KEEP_MB, Archive, claim
+from gavel.certificate import check_certificate
 from gavel.cluster import Cluster
 from gavel.errors import CommandError
 from gavel.keys import KeyPair, ensure_keys, ensure_secret, secret_path
-from gavel.postgres import EmbeddedPostgres, held, tune
+from gavel.postgres import EmbeddedPostgres, held, reason_of, tune
 from gavel.settings import Settings, load_settings
 from gavel.supervision import LOOK_S, PAUSE_S, beside, is_done_before, pauses, persist
 
@@ -55,9 +57,12 @@ Examples:
 def command(demo: bool, **given: object) -> None:
     """Run the engine: database, shards and gateways. Ends on Ctrl-C or SIGTERM.
 
-    Prints one line, `ready http://HOST:PORT`, when bids can be placed.
+    Prints one line, `ready http://HOST:PORT`, when bids can be placed; with TLS `ready https://HOST:PORT`.
     """
-    asyncio.run(_up(load_settings(**given), is_demo=demo))
+    settings = load_settings(**given)
+    check_certificate(settings.tls_certificate, settings.tls_key)
+    log_to_terminal()
+    asyncio.run(_up(settings, is_demo=demo))
 
 
 async def _up(settings: Settings, *, is_demo: bool) -> None:
@@ -198,7 +203,7 @@ async def _held_database(database_url: str, settings: Settings, stop: asyncio.Ev
                 await Directory(pool).lay_out(settings.shards)
         except (*ERRORS, ValueError, SQLAlchemyError, MigrationError) as error:
             raise CommandError(
-                f"The database cannot be used ({type(error).__name__}: {error}); check GAVEL_DATABASE_URL."
+                f"The database cannot be used ({reason_of(error)}); check GAVEL_DATABASE_URL."
             ) from error
         async with beside(hold.keep(), stop):
             yield
