@@ -38,7 +38,8 @@ WORKDIR /var/lib/gavel
 VOLUME /var/lib/gavel
 EXPOSE 8700
 
-# A start takes seconds, and longer where much of the log of Postgres must be played back.
+# A start takes seconds, and longer where much of the log of Postgres must be played back. With GAVEL_TLS_CERTIFICATE
+# this needs another command (--health-cmd): the gateway then speaks TLS only.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8700/health', timeout=4)"]
 
