@@ -11,11 +11,13 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	done; echo python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format bench lock clean
+.PHONY: help install run test lint format bench lock clean
 .NOTPARALLEL:
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(ROOT)/Makefile | expand -t 10
+
+install: $(STAMP) ## install into .venv, from requirements.lock
 
 run: $(STAMP) ## run Gavel with a demonstration auction; Ctrl-C ends it
 	@cd $(ROOT) && exec $(BIN)/gavel up --demo
@@ -42,8 +44,8 @@ lock: ## choose the newest versions again and write requirements.lock
 	@$(LOCK_PYTHON) -m venv --clear $(VENV)/lock
 	@$(VENV)/lock/bin/python -m pip install --quiet pip-tools
 	@cd $(ROOT) && PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS= PIP_EXTRA_INDEX_URL= \
-		$(VENV)/lock/bin/pip-compile --quiet --upgrade --extra load --extra test --all-build-deps --generate-hashes \
-		--no-emit-index-url --no-emit-find-links --no-header --strip-extras --allow-unsafe \
+		$(VENV)/lock/bin/pip-compile --quiet --upgrade --extra aws --extra load --extra test --all-build-deps \
+		--generate-hashes --no-emit-index-url --no-emit-find-links --no-header --strip-extras --allow-unsafe \
 		--output-file requirements.lock pyproject.toml
 	@rm -rf $(VENV)/lock
 

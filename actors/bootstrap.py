@@ -2,8 +2,6 @@
 
 import asyncio
 import gc
-import logging
-import logging.handlers
 import os
 import time
 from collections.abc import Callable
@@ -19,15 +17,15 @@ from actors.database import Database, Postgres
 from actors.directory import Directory
 from actors.journal import PostgresJournal, session_name
 from actors.link import LinkServer
+from actors.logs import get_logger, log_to_file
 from actors.network import Network, WebSockets
 from actors.shard import Shard
 from engine.limits import CLOCK_SYNC_MS, SECOND_MS
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _COLLECT_AFTER: Final = 50_000
 """So many more new objects than freed ones begin a collection."""
-_LOG_BYTES_MAX: Final = 10 * 1024 * 1024
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,15 +61,8 @@ def host_of(place: Place) -> Host:
 
 
 def set_up_logging(place: Place, name: str) -> None:
-    """Log to a file of this process's own, which does not grow for ever."""
-    handler = logging.handlers.RotatingFileHandler(
-        Path(place.log_dir) / f"{name}.log", maxBytes=_LOG_BYTES_MAX, backupCount=3
-    )
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=place.log_level.upper(), handlers=[handler], force=True)
-    logging.getLogger("picows").setLevel(logging.WARNING)
-    # It tells at length of each connection that it lost; we say ourselves that Postgres is away.
-    logging.getLogger("asyncpg.pool").setLevel(logging.ERROR)
+    """Log to the file of the process that has this name."""
+    log_to_file(Path(place.log_dir) / f"{name}.log", place.log_level, process=name)
 
 
 def settle_memory() -> None:
@@ -144,7 +135,7 @@ async def start_shard(host: Host, number: int, die: Callable[[str], NoReturn]) -
     address = await server.listen(host.network, host.link_host)
     if not await directory.announce(number, owner, address):
         die("another process has taken this shard over")
-    logger.info("shard %d serves %d slots in epoch %d at %s", number, len(owned), journal.epoch, address)
+    logger.info("the shard serves", shard=number, slots=len(owned), epoch=journal.epoch, address=address)
     clock_task = asyncio.get_running_loop().create_task(keep_synchronised(clock, pool))
     return RunningShard(
         shard=shard, server=server, directory=directory, journal=journal, pool=pool, clock_task=clock_task

@@ -6,12 +6,11 @@ from typing import Final, Protocol
 
 import asyncpg
 
-from engine.limits import DATABASE_TIMEOUT_MS, SECOND_MS, WRITE_TIMEOUT_MS
+from actors.logs import get_logger
+from engine.limits import DATABASE_RETRY_MS, DATABASE_TIMEOUT_MS, READERS_MAX, SECOND_MS, WRITE_TIMEOUT_MS
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
-_READERS_MAX: Final = 4
-_CONNECT_RETRY_S: Final = 0.2
 # A plan compiled for each of many short statements costs more than it saves.
 _JIT: Final = {"jit": "off"}
 _PASSING_CLASSES: Final = ("08", "40", "53", "57")
@@ -43,7 +42,7 @@ class Database(Protocol):
 class Postgres:
     """The database that there is."""
 
-    def __init__(self, url: str, readers: int = _READERS_MAX) -> None:
+    def __init__(self, url: str, readers: int = READERS_MAX) -> None:
         self._url = url
         self._readers = readers
 
@@ -64,9 +63,10 @@ class Postgres:
                 if not is_passing(error):
                     raise
                 # Said once: it may take an hour.
-                logger.log(logging.DEBUG if is_said else logging.WARNING, "Postgres cannot be reached: %s", error)
+                level = logging.DEBUG if is_said else logging.WARNING
+                logger.log(level, "Postgres cannot be reached", error=str(error))
                 is_said = True
-                await asyncio.sleep(_CONNECT_RETRY_S)
+                await asyncio.sleep(DATABASE_RETRY_MS / SECOND_MS)
 
     async def connect(self, name: str) -> asyncpg.Connection:
         """See `Database`."""

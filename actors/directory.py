@@ -7,7 +7,6 @@ Who takes over also takes over a debt: since the last sign of life (`down_at`) n
 """
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable
 from typing import Final, NamedTuple
 from uuid import UUID
@@ -17,11 +16,11 @@ import asyncpg
 
 from actors.database import ERRORS, is_passing
 from actors.journal import past_old_session
-from engine.limits import OWNER_SILENT_MS, SECOND_MS, SLOTS, WRITE_TIMEOUT_MS
+from actors.logs import get_logger
+from engine.limits import CLAIM_RETRY_MS, OWNER_SILENT_MS, SECOND_MS, SLOTS, WRITE_TIMEOUT_MS
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
-_CLAIM_INTERVAL_S: Final = 0.1
 _TIMEOUT_S: Final = WRITE_TIMEOUT_MS / SECOND_MS
 
 
@@ -116,11 +115,11 @@ class Directory:
                 # Whoever waits lives through a restart of Postgres like everybody else.
                 if not is_passing(error):
                     raise
-                logger.debug("shard %d cannot be claimed: %s", shard, error)
+                logger.debug("the shard cannot be claimed", shard=shard, error=str(error))
             else:
                 if taken is not None:
                     return taken
-            await asyncio.sleep(_CLAIM_INTERVAL_S)
+            await asyncio.sleep(CLAIM_RETRY_MS / SECOND_MS)
 
     async def _claim(
         self, shard: int, owner: UUID, backend_pid: int, refuses: Callable[[str], Awaitable[bool]]

@@ -1,18 +1,18 @@
 """Who follows which users at a shard, and what these are told of their auctions."""
 
-import logging
 from collections.abc import Iterable
 from typing import Generic, Protocol, TypeVar
 from uuid import UUID
 
 from actors.entities import Entity, Recorded
+from actors.logs import get_logger
 from actors.messages import Noticed
 from engine.auction import minimum
 from engine.events import Event
 from engine.limits import FOLLOWED_MAX
 from engine.notices import NoticeKind, notices
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class Follower(Protocol):

@@ -12,7 +12,6 @@ its way under the old one, the journal says what it holds, and gets what it lack
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Final, NamedTuple, Protocol, TypeVar
 from uuid import UUID
@@ -20,6 +19,7 @@ from uuid import UUID
 import asyncpg
 
 from actors.database import ERRORS, Database, is_passing
+from actors.logs import get_logger
 from engine.limits import (
     DATABASE_TIMEOUT_MS,
     OUTAGE_MS,
@@ -30,7 +30,7 @@ from engine.limits import (
     WRITE_TIMEOUT_MS,
 )
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _READ_TIMEOUT_S: Final = DATABASE_TIMEOUT_MS / SECOND_MS
 _WRITE_TIMEOUT_S: Final = WRITE_TIMEOUT_MS / SECOND_MS
@@ -412,5 +412,5 @@ async def past_old_session(claim: Coroutine[None, None, T], pool: asyncpg.Pool, 
 
 async def end_session(pool: asyncpg.Pool, shard: int, own_pid: int) -> None:
     """End the session in which a shard was written last, unless it is `own_pid`'s."""
-    logger.warning("the last session that wrote shard %d holds its row: it is ended", shard)
+    logger.warning("the last session that wrote the shard holds its row: it is ended", shard=shard)
     await pool.execute(_END_SESSION, shard, session_name(shard), own_pid, timeout=_WRITE_TIMEOUT_S)

@@ -6,7 +6,6 @@ every command carries an id, so that is safe. The shard's end (`LinkServer`) han
 
 import asyncio
 import hmac
-import logging
 import os
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -16,6 +15,7 @@ import asyncpg
 import picows
 
 from actors.directory import Owner
+from actors.logs import get_logger
 from actors.messages import (
     MALFORMED,
     VERSION,
@@ -54,29 +54,28 @@ from engine.limits import (
     COMMAND_TIMEOUT_MS,
     LINK_BATCH_MAX,
     LINK_DEAD_MS,
+    LINK_DEATHS_MAX,
     LINK_FOLD_BYTES,
     LINK_GREETING_MS,
     LINK_IN_FLIGHT_MAX,
     LINK_LINE_MAX,
     LINK_OUTPUT_BYTES,
     LINK_PING_MS,
+    LINK_RETRY_MS,
     LINK_WRITE_BYTES_MAX,
     SECOND_MS,
 )
 from engine.rejections import BUSY, INTERNAL, OUTCOME_UNKNOWN, UNAVAILABLE, Rejection
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _NONCE_BYTES: Final = 32
 _HEADER_BYTES: Final = 14
 """The longest header of a frame (RFC 6455, section 5.2)."""
 _UNANSWERED: Final = (Unsubscribe, Viewers, Unfollow)
 """What is told and has no answer. A link that breaks takes it along."""
-_DEATHS_MAX: Final = 2
-"""A command that was in flight at so many deaths of a shard is not sent again: it may be what kills it."""
 _MESSAGE_BYTES: Final = 256
 """About the size of an answer without events."""
-_RETRY_S: Final = 0.05
 _UNBOUNDED: Final = (Watch, Follow, *_UNANSWERED)
 
 
@@ -256,7 +255,7 @@ class _ShardEnd(picows.WSListener):
             try:
                 message: GatewayFrame = decode_gateway_frame(frame.get_payload_as_memoryview())
             except MALFORMED as error:
-                logger.warning("a link sent what is not of its protocol: %s", error)
+                logger.warning("a link sent what is not of its protocol", error=str(error))
                 transport.disconnect(graceful=False)
                 return
             self._receive(message)
@@ -300,7 +299,7 @@ class _ShardEnd(picows.WSListener):
             welcome = Welcome(proof(server.secret, "shard", message.nonce, server.number, self._epoch))
             send(self._transport, welcome)
         else:
-            logger.warning("a link was refused: %s out of turn", type(message).__name__)
+            logger.warning("a link was refused: a message is out of turn", message_type=type(message).__name__)
             self.close()
 
 
@@ -407,7 +406,7 @@ class Link:
         waiting = _InFlight(number, payload, on_answer, self._loop.time() + COMMAND_TIMEOUT_MS / SECOND_MS)
         if isinstance(payload, Watch):
             waiting.deaths = self._suspects.pop(payload.auction, 0)
-            if waiting.deaths >= _DEATHS_MAX:
+            if waiting.deaths >= LINK_DEATHS_MAX:
                 on_answer(INTERNAL)
                 return
         if not isinstance(payload, _UNANSWERED):
@@ -446,17 +445,17 @@ class Link:
         while True:
             end = await self._connect()
             if end is None:
-                await asyncio.sleep(_RETRY_S)
+                await asyncio.sleep(LINK_RETRY_MS / SECOND_MS)
                 continue
             try:
                 self._open(end)
             except Exception:
-                logger.exception("the link to shard %d could not be taken up", self.shard)
+                logger.exception("the link could not be taken up", shard=self.shard)
                 end.disconnect()
             await end.closed.wait()
             self._end = None
             self._opened.clear()
-            logger.info("the link to shard %d broke", self.shard)
+            logger.info("the link broke", shard=self.shard)
 
     async def _connect(self) -> "_GatewayEnd | None":
         """Link to the shard's newest incarnation; None if it cannot be reached just now."""
@@ -466,10 +465,10 @@ class Link:
                 return None
             return await self._greet(owner.address, owner.epoch)
         except (OSError, picows.WSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-            logger.debug("shard %d cannot be reached: %s", self.shard, error)
+            logger.debug("the shard cannot be reached", shard=self.shard, error=str(error))
         except Exception:
             # Whatever it is: a link that gave up for good would take its shard out of service.
-            logger.exception("linking to shard %d failed", self.shard)
+            logger.exception("linking failed", shard=self.shard)
         return None
 
     async def _greet(self, address: str, epoch: int) -> "_GatewayEnd | None":
@@ -497,7 +496,7 @@ class Link:
         self._batch = []
         self._on_open(self.shard)
         for one in waiting:
-            if one.deaths < _DEATHS_MAX:
+            if one.deaths < LINK_DEATHS_MAX:
                 self._queue(one)
             elif one.is_command:
                 one.payload = _without_doing_it(one.payload)
@@ -620,7 +619,7 @@ class _GatewayEnd(picows.WSListener):
             try:
                 message: ShardFrame = decode_shard_frame(frame.get_payload_as_memoryview())
             except MALFORMED as error:
-                logger.warning("shard %d sent what is not of the link's protocol: %s", self._shard, error)
+                logger.warning("the shard sent what is not of the link's protocol", shard=self._shard, error=str(error))
                 self.disconnect()
                 return
             self._handle(message)
@@ -650,14 +649,14 @@ class _GatewayEnd(picows.WSListener):
                 self.is_open = True
                 self.settled.set()
                 return
-            logger.warning("shard %d does not hold the cluster's secret", self._shard)
+            logger.warning("the shard does not hold the cluster's secret", shard=self._shard)
             self.disconnect()
 
     def _prove(self, greeting: Greeting) -> None:
         """Answer the shard's challenge, once, unless it is another shard's, or an owner that has been replaced."""
         is_right = greeting.version == VERSION and greeting.shard == self._shard and greeting.epoch >= self.epoch
         if not is_right or self.owner is not None:
-            logger.info("an owner of shard %d was refused: epoch %d", self._shard, greeting.epoch)
+            logger.info("an owner of the shard was refused", shard=self._shard, epoch=greeting.epoch)
             self.disconnect()
             return
         self.epoch = greeting.epoch

@@ -2,13 +2,11 @@
 
 import asyncio
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Protocol
 
 import picows
 
-from engine.limits import LINK_FRAME_BYTES_MAX, LINK_GREETING_MS, SECOND_MS
-
-_PROBE_TIMEOUT_S: Final = 0.5
+from engine.limits import LINK_FRAME_BYTES_MAX, LINK_GREETING_MS, PROBE_TIMEOUT_MS, SECOND_MS
 
 
 class Listening(Protocol):
@@ -63,7 +61,7 @@ class WebSockets:
         """See `Network`."""
         host, _, port = address.rpartition(":")
         try:
-            async with asyncio.timeout(_PROBE_TIMEOUT_S):
+            async with asyncio.timeout(PROBE_TIMEOUT_MS / SECOND_MS):
                 _, writer = await asyncio.open_connection(host, int(port))
         except ConnectionRefusedError:
             return True

@@ -8,10 +8,12 @@ from typing import Any, Final, NoReturn, TypeVar
 
 import ray
 
-logger = logging.getLogger(__name__)
+from actors.logs import get_logger
+from engine.limits import ACTOR_CALLS_MAX
+
+logger = get_logger(__name__)
 
 NAMESPACE: Final = "gavel"
-_CALLS_AT_ONCE: Final = 1_000
 
 T = TypeVar("T")
 
@@ -25,7 +27,7 @@ def spawn(actor_class: type, name: str, resource: str, *arguments: object) -> An
         lifetime="detached",
         num_cpus=0,
         resources={resource: 1},
-        max_concurrency=_CALLS_AT_ONCE,
+        max_concurrency=ACTOR_CALLS_MAX,
         max_restarts=-1,
         # A call that Ray reports as failed may have run: it is never repeated by Ray, only by a client with its id.
         max_task_retries=0,
@@ -41,7 +43,7 @@ def begin(start: Coroutine[None, None, T]) -> asyncio.Task[T]:
 
 def die(reason: str) -> NoReturn:
     """End this process at once: a state that was not journaled must not answer anybody."""
-    logger.critical("this process ends: %s", reason)
+    logger.critical("this process ends", reason=reason)
     logging.shutdown()
     os._exit(1)
 

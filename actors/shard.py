@@ -11,7 +11,6 @@ Plain asyncio: clock, journal, outlets and the way to die are injected.
 """
 
 import asyncio
-import logging
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Coroutine, Hashable, Iterable, Sequence
 from heapq import nsmallest
@@ -37,6 +36,7 @@ from actors.journal import (
     Unreadable,
     Unsettled,
 )
+from actors.logs import get_logger
 from actors.messages import (
     Answer,
     Answered,
@@ -90,7 +90,7 @@ from engine.limits import (
 from engine.public import KEPT, encode_snapshot
 from engine.rejections import BUSY, INTERNAL, NOT_FOUND, OUTCOME_UNKNOWN, UNAVAILABLE, Rejection
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _OF_USERS = (Follow, Unfollow)
 _NEVER_TAKEN = Rejection("internal", "This was not done: something went wrong on our side.")
@@ -472,12 +472,12 @@ class Shard:
         try:
             entity = await self._reading(entity_id)
         except Unreadable as error:
-            logger.warning("the auction %s cannot be read now: %s", entity_id, error)
+            logger.warning("the auction cannot be read now", auction=entity_id, error=str(error))
             self._refuse_waiting(entity_id, UNAVAILABLE)
             return
         except Exception:
             # For ever, perhaps: whoever waits is told, and this auction alone is out of service.
-            logger.exception("the auction %s could not be read", entity_id)
+            logger.exception("the auction could not be read", auction=entity_id)
             self._refuse_waiting(entity_id, INTERNAL)
             return
         # Each request comes after what was due when it was taken up, and before what was not.
@@ -544,7 +544,7 @@ class Shard:
             return Entity.restore(entity_id, await self._journal.load(entity_id, SNAPSHOT_VERSION))
         except (msgspec.MsgspecError, UnicodeDecodeError):
             # A snapshot only saves time; the journal holds all of it.
-            logger.exception("the snapshot of %s cannot be read", entity_id)
+            logger.exception("the snapshot cannot be read", auction=entity_id)
             return Entity.restore(entity_id, await self._journal.load(entity_id, NO_SNAPSHOT))
 
     def _refuse_waiting(self, entity_id: UUID, refusal: Rejection) -> None:
@@ -661,13 +661,13 @@ class Shard:
 
     async def _settle(self, turn: _Turn, error: Unsettled) -> Life:
         """Find out what became of a turn's write, and do what was not done of it. Meanwhile the shard is away."""
-        logger.warning("the shard is away: %s", error)
+        logger.warning("the shard is away", error=str(error))
         self._is_away = True
         while True:
             try:
                 return await self._journal.settle(turn.rows, list(turn.entities.values()), turn.paid_until)
             except Unsettled as unsettled:
-                logger.debug("the journal cannot be asked: %s", unsettled)
+                logger.debug("the journal cannot be asked", error=str(unsettled))
             except Fenced:
                 self._die("another process has taken this shard over")
             except Refused as refused:
@@ -683,7 +683,7 @@ class Shard:
             begun = self._now()
             back = begun + ahead_ms
             if back - down_at > OUTAGE_MS:
-                logger.warning("no bid could be placed for %d ms: the time is given back", back - down_at)
+                logger.warning("no bid could be placed: the time is given back", lost_ms=back - down_at)
                 self._back_at = back
                 for entity in self._awake.values():
                     self._pay_back(entity, down_at, begun, back)
@@ -717,7 +717,7 @@ class Shard:
                 for first in range(0, len(asleep), READ_AT_ONCE):
                     unreadable += await self._read_batch(asleep[first : first + READ_AT_ONCE])
             except Unreadable as error:
-                logger.debug("the journal cannot be read: %s", error)
+                logger.debug("the journal cannot be read", error=str(error))
                 until = 0
             tries.update(unreadable)
             if any(tries[one] < READ_TRIES for one in unreadable):
@@ -737,9 +737,9 @@ class Shard:
             failure = reading.exception()
             if isinstance(failure, Unreadable):
                 unreadable.append(entity_id)
-                logger.warning("the auction %s cannot be read now: %s", entity_id, failure)
+                logger.warning("the auction cannot be read now", auction=entity_id, error=str(failure))
             elif failure is not None:
-                logger.error("the auction %s could not be read", entity_id, exc_info=failure)
+                logger.error("the auction could not be read", auction=entity_id, exc_info=failure)
         await self._commit(self._next_turn())
         return unreadable
 
@@ -804,7 +804,7 @@ class Shard:
                 event = decode(row.kind, row.version, row.body)
                 answer = bid_accepted(Recorded(row.seq, row.at, event, row.hash))
         except Exception:
-            logger.exception("a verdict of %s could not be read", step.entity_id)
+            logger.exception("a verdict could not be read", auction=step.entity_id)
         self._line -= 1
         step.outlet.deliver([Answered(step.request, answer)])
         self._check_drained()

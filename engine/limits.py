@@ -25,6 +25,8 @@ INTEGER_MAX = 2**53 - 1
 """JSON readers that hold numbers as doubles lose integers above this one (RFC 8259, section 6)."""
 AMOUNT_MAX = 9_999_999_999
 """99,999,999.99 in cents: the product keeps amounts as `DECIMAL(10,2)`."""
+AMOUNT_DIGITS_MAX = 20
+"""Of a decimal before it is taken for an amount, and of its exponent: arithmetic with as many is exact."""
 
 # Auctions
 TITLE_LENGTH_MAX = 200
@@ -57,7 +59,14 @@ HEADERS_TIMEOUT_MS = 10 * SECOND_MS
 HELLO_TIMEOUT_MS = 5 * SECOND_MS
 HEARTBEAT_MS = 15 * SECOND_MS
 HEARTBEATS_MISSED_MAX = 2
+TOKEN_TTL_MS_MAX = 366 * DAY_MS
 TOKEN_GRACE_MS = 60 * SECOND_MS
+SUSPENDED_MAX = 10_000
+"""Users that are suspended at the same time: each gateway knows them all."""
+SUSPENSIONS_MS = 1 * SECOND_MS
+"""So often a gateway asks who is suspended, and so long it waits for the answer."""
+SUSPENDED_MS_MAX = 5 * SECOND_MS
+"""A suspended user's connections are closed within this time."""
 CLOSE_TIMEOUT_MS = 1 * SECOND_MS
 """How long a socket's peer may take to answer a close before the connection is cut."""
 CLOSE_REASON_BYTES_MAX = 123
@@ -130,6 +139,10 @@ LINK_WRITE_BYTES_MAX = 64 * 1024 * 1024
 LINK_PING_MS = 250
 LINK_DEAD_MS = 1 * SECOND_MS
 LINK_GREETING_MS = 2 * SECOND_MS
+LINK_RETRY_MS = 50
+"""So soon a gateway tries again to link to a shard that it could not reach."""
+LINK_DEATHS_MAX = 2
+"""A command that was in flight at so many deaths of a shard is not sent again: it may be what kills it."""
 COMMAND_TIMEOUT_MS = 8 * SECOND_MS
 """How long a gateway keeps a command for a shard that is away before it tells the client."""
 FOLLOWED_MAX = SOCKETS_MAX
@@ -165,6 +178,10 @@ RESUME_EVENTS_MAX = 1_000
 IDLE_MS = 60 * SECOND_MS
 ALIVE_MS = 500
 OWNER_SILENT_MS = 2 * SECOND_MS
+CLAIM_RETRY_MS = 100
+"""So soon a process that waits for a shard tries again to take it over."""
+PROBE_TIMEOUT_MS = SECOND_MS // 2
+"""An owner that has not refused a connection by then may still live."""
 WRITE_TIMEOUT_MS = 2 * SECOND_MS
 """A write that is not answered for so long may have been done or not: the outcome is settled."""
 WRITE_ROWS_PER_MS = 10
@@ -188,13 +205,38 @@ CLOCK_ROUND_TRIP_MS_MAX = 50
 """A reading of the clock that took longer is not precise enough."""
 DATABASE_TIMEOUT_MS = 5 * SECOND_MS
 """Reads that take longer are given up."""
+DATABASE_RETRY_MS = 200
+"""So soon a process that starts tries again to connect."""
+READERS_MAX = 4
+"""Connections of one process for reading."""
+
+# Processes
+ACTOR_CALLS_MAX = 1_000
+"""Ray's calls of an actor at the same time."""
+LOG_BYTES_MAX = 10 * MEBIBYTE
+"""Of each file; then a new one is begun."""
+LOG_FILES_OLD_MAX = 3
 
 # HTTP
+BACKLOG_MAX = 4_096
+"""Connections that wait to be taken."""
+DRAIN_MS = 5 * SECOND_MS
+"""So long a gateway that ends waits for what it still has to answer."""
+HEALTH_TIMEOUT_MS = 2 * SECOND_MS
+"""Postgres is well if it answers within this time."""
+LIST_TIMEOUT_MS = 2 * SECOND_MS
+"""How long a list may take, waiting for a connection to Postgres included."""
+REQUEST_ID_LENGTH_MAX = 64
+"""Of an id that a client gives its request."""
 BODY_BYTES_MAX = 1024 * 1024
+LINGER_BYTES_MAX = 8 * BODY_BYTES_MAX
+"""So much of what is left of too large a body is read, and thrown away, so that the answer is not lost with it,"""
+LINGER_MS = 2 * SECOND_MS
+"""and for no longer than this."""
 PAGE_LIMIT_DEFAULT = 20
 PAGE_LIMIT_MAX = 100
 
-assert AMOUNT_MAX <= INTEGER_MAX
+assert AMOUNT_MAX <= INTEGER_MAX < 10**AMOUNT_DIGITS_MAX
 # A verdict that is not committed yet must still be remembered when its retry arrives.
 assert SHARD_LINE_MAX < VERDICTS_REMEMBERED
 assert LINK_LINE_MAX < LINK_IN_FLIGHT_MAX <= SHARD_LINE_MAX
@@ -224,5 +266,14 @@ assert WATCHES_AT_ONCE * RESUME_EVENTS_MAX * 1_024 <= LINK_WRITE_BYTES_MAX
 assert LINK_LINE_MAX < WAKING_MAX
 assert LINK_PING_MS * 2 < LINK_DEAD_MS
 assert ALIVE_MS * 2 <= OUTAGE_MS < OWNER_SILENT_MS
+# Whoever waits for a shard has asked its owner before it may take it for gone.
+assert CLAIM_RETRY_MS + PROBE_TIMEOUT_MS < OWNER_SILENT_MS
+assert LINK_RETRY_MS < LINK_DEAD_MS
 assert SOFT_CLOSE_EXTENSION_MS_MAX <= SOFT_CLOSE_TOTAL_MS_MAX
 assert TOKEN_LENGTH_MAX < FRAME_BYTES_MAX
+# Who is sent away at a gateway's end is cut off before it.
+assert CLOSE_TIMEOUT_MS < DRAIN_MS
+# What waits for Postgres can still say so.
+assert max(HEALTH_TIMEOUT_MS, LIST_TIMEOUT_MS) < DATABASE_TIMEOUT_MS
+# Asked in vain, asked and answered, and cut off.
+assert SUSPENSIONS_MS * 4 + CLOSE_TIMEOUT_MS <= SUSPENDED_MS_MAX

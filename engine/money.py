@@ -4,7 +4,7 @@ import re
 from decimal import Decimal
 from typing import Final
 
-from engine.limits import AMOUNT_MAX
+from engine.limits import AMOUNT_DIGITS_MAX, AMOUNT_MAX
 
 # ISO 4217, the currencies in circulation, by the number of their decimals.
 _DECIMALS_0 = "BIF CLP DJF GNF ISK JPY KMF KRW PYG RWF UGX UYI VND VUV XAF XOF XPF"
@@ -16,7 +16,6 @@ _DECIMALS_2 = (
     "TJS TMT TOP TRY TTD TWD TZS UAH USD UYU UZS VED VES WST XCD YER ZAR ZMW ZWG"
 )
 _WRITTEN = re.compile(r"-?[0-9]+(\.[0-9]+)?")
-_DIGITS_MAX = 20
 _DECIMALS_3 = "BHD IQD JOD KWD LYD OMR TND"
 
 CURRENCIES: Final[dict[str, int]] = {
@@ -39,10 +38,10 @@ def to_minor(value: Decimal | int | str, currency: str) -> int:
     if not isinstance(exponent, int):
         raise ValueError("is not a number")  # noqa: TRY004 (infinity and NaN are Decimals, too)
     decimals = CURRENCIES[currency]
-    if len(digits) + exponent > _DIGITS_MAX:
+    if len(digits) + exponent > AMOUNT_DIGITS_MAX:
         raise ValueError(f"is over {format_amount(AMOUNT_MAX, currency)}")
     # Within these bounds Decimal's arithmetic is exact.
-    is_exact = len(digits) <= _DIGITS_MAX and exponent >= -_DIGITS_MAX
+    is_exact = len(digits) <= AMOUNT_DIGITS_MAX and exponent >= -AMOUNT_DIGITS_MAX
     minor = amount.scaleb(decimals) if is_exact else None
     if minor is None or minor != minor.to_integral_value():
         raise ValueError(f"has more than {decimals} decimals")

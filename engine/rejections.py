@@ -48,4 +48,5 @@ INTERNAL = Rejection("internal", "Something went wrong on our side.", is_transie
 OUTCOME_UNKNOWN = Rejection(
     "outcome_unknown", "This may or may not have been done: send it again with the same id.", is_transient=True
 )
+SUSPENDED = Rejection("forbidden", "This user is suspended.")
 NOT_FOUND = Rejection("not_found", "There is no such auction.")

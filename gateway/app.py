@@ -12,7 +12,8 @@ _DESCRIPTION = """
 Live auctions over HTTP; bids and what happens in an auction also go over the WebSocket `/v1/live`.
 
 Amounts are JSON numbers with the currency's decimals, exact. Times are ISO 8601 in UTC. Every answer stands in an
-envelope, and its `meta.request_id` (also the header `X-Request-Id`) names it in the logs.
+envelope, and its `meta.request_id` (also the header `X-Request-ID`) names it in the logs; a request may bring its own,
+up to 64 letters, digits and `_.:-`.
 """
 
 

@@ -9,12 +9,12 @@ together with the next one. Of a shard's topics only so many are asked for at on
 """
 
 import asyncio
-import logging
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 from uuid import UUID
 
+from actors.logs import get_logger
 from actors.messages import Answer, Payload, Presence, Published, Unsubscribe, Viewers, Watch, Watched
 from engine.limits import (
     BUSY_RETRY_MS,
@@ -30,7 +30,7 @@ from gateway.slices import Slices
 from gateway.topic import Memories, Memory, Run
 from gateway.wire import Subscribed, encode_presence
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class Sink(Protocol):
@@ -196,7 +196,7 @@ class Fanout:
         if topic is None or memory is None or topic.is_incomplete or published.last <= memory.seq:
             return
         if published.first != memory.seq + 1:
-            logger.error("events %d to %d are missing", memory.seq + 1, published.first - 1)
+            logger.error("events are missing", auction=published.topic, first=memory.seq + 1, last=published.first - 1)
             self._ask_anew(topic)
             return
         memory.add(published)

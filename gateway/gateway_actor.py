@@ -4,7 +4,6 @@ Several may share the port (`SO_REUSEPORT`); the kernel spreads connections over
 """
 
 import asyncio
-import logging
 import os
 import socket
 from typing import Any, Final, NoReturn
@@ -16,25 +15,33 @@ import uvicorn
 from actors.bootstrap import Host, Place, host_of, keep_synchronised, set_up_logging, settle_memory
 from actors.clock import Clock
 from actors.database import ERRORS
+from actors.logs import get_logger
 from actors.ray_actor import begin, die_if_failed, spawn
-from engine.limits import MEBIBYTE, RAISED_ADDRESSES, SOCKET_KERNEL_BYTES
+from engine.limits import (
+    BACKLOG_MAX,
+    DRAIN_MS,
+    HEALTH_TIMEOUT_MS,
+    MEBIBYTE,
+    RAISED_ADDRESSES,
+    SECOND_MS,
+    SOCKET_KERNEL_BYTES,
+)
 from gateway.api.edge import HEALTHY, Edge
 from gateway.app import create_app
 from gateway.bootstrap import connect
 from gateway.fanout import Fanout
+from gateway.origins import Origins
 from gateway.people import People
 from gateway.rates import Rates, networks
 from gateway.room import MemoryGauge, connections_for, memory_share_bytes, raise_file_limit, sockets_for
 from gateway.router import Router
 from gateway.socket import Sockets, make_http_protocol, make_protocol
+from gateway.suspensions import Suspensions
 from gateway.tokens import Verifier
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 RESOURCE: Final = "gavel_gateway"
-_BACKLOG: Final = 4_096
-_STOP_S: Final = 5
-_HEALTH_S: Final = 2
 
 
 class Door(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,6 +56,17 @@ class Door(msgspec.Struct, frozen=True, kw_only=True):
     """Over this much nobody is let in; None for this gateway's share of the machine's."""
     gateways: int = 1
     """So many share the machine."""
+    origins: str = ""
+    """Of whose pages sockets may be opened, beside our own: separated by commas, or `*`."""
+    tls_certificate: str | None = None
+    """The file of the certificate and its chain; None for no TLS. Each gateway reads it when it starts."""
+    tls_key: str | None = None
+    """The file of its private key: it is not passed around itself."""
+
+    @property
+    def is_tls(self) -> bool:
+        """Whether all that is said here is encrypted."""
+        return self.tls_certificate is not None
 
 
 class RunningGateway:
@@ -71,6 +89,8 @@ class RunningGateway:
         """Open the links and the port; return when bids can be placed."""
         self._router, self._fanout, self._people = await connect(self._host, self._name, self._pool, self._clock)
         verifier = Verifier(door.public_key)
+        suspensions = Suspensions(self._pool)
+        await suspensions.read()
         rates = Rates(networks(door.raised_addresses))
         files = raise_file_limit()
         self._sockets = self._make_room(door, rates, files)
@@ -81,10 +101,20 @@ class RunningGateway:
             clock=self._clock,
             rates=rates,
             health=self._health,
+            suspended=suspensions,
         )
         config = uvicorn.Config(
             create_app(edge),
-            ws=make_protocol(self._router, self._fanout, self._people, verifier.verify, self._clock, self._sockets),
+            ws=make_protocol(
+                self._router,
+                self._fanout,
+                self._people,
+                verifier.verify,
+                self._clock,
+                self._sockets,
+                Origins(door.origins, is_tls=door.is_tls),
+                suspensions,
+            ),
             http=make_http_protocol(connections_for(files)),
             lifespan="off",
             log_config=None,
@@ -92,8 +122,10 @@ class RunningGateway:
             server_header=False,
             # Rates go by who is connected: what a header says of it anybody could write.
             proxy_headers=False,
-            backlog=_BACKLOG,
-            timeout_graceful_shutdown=_STOP_S,
+            backlog=BACKLOG_MAX,
+            ssl_certfile=door.tls_certificate,
+            ssl_keyfile=door.tls_key,
+            timeout_graceful_shutdown=DRAIN_MS // SECOND_MS,
         )
         self._server = uvicorn.Server(config)
         loop = asyncio.get_running_loop()
@@ -101,6 +133,7 @@ class RunningGateway:
             loop.create_task(self._server.serve(sockets=[_listening_socket(door.host, door.port)])),
             loop.create_task(self._tick()),
             loop.create_task(keep_synchronised(self._clock, self._pool)),
+            loop.create_task(suspensions.follow(self._sockets.suspensions_changed)),
         ]
         serving = self._tasks[0]
         while not self._server.started and not serving.done():  # noqa: ASYNC110 (uvicorn has no event to wait for)
@@ -110,7 +143,7 @@ class RunningGateway:
             raise RuntimeError("the server ended before it had started")
         for task in self._tasks:
             task.add_done_callback(die_if_failed)
-        logger.info("%s serves %s:%d", self._name, door.host, door.port)
+        logger.info("the gateway serves", gateway=self._name, host=door.host, port=door.port)
 
     async def stop(self) -> None:
         """Send everybody elsewhere, answer the HTTP requests that are on their way, and end."""
@@ -130,11 +163,11 @@ class RunningGateway:
         bytes_max = door.memory_bytes_max or memory_share_bytes(door.gateways)
         self._memory = MemoryGauge(bytes_max)
         logger.info(
-            "%s may open %d files: there is room for %d sockets, in up to %d MiB",
-            self._name,
-            files,
-            sockets.sockets_max,
-            bytes_max // MEBIBYTE,
+            "there is room",
+            gateway=self._name,
+            files=files,
+            sockets=sockets.sockets_max,
+            memory_mib=bytes_max // MEBIBYTE,
         )
         return sockets
 
@@ -149,7 +182,7 @@ class RunningGateway:
         is_short = self._memory.look()
         if is_short != self._sockets.is_short_of_memory:
             self._sockets.is_short_of_memory = is_short
-            logger.warning("%s", "memory is short: nobody is let in" if is_short else "there is memory again")
+            logger.warning("memory is short: nobody is let in" if is_short else "there is memory again")
 
     async def _health(self) -> dict[str, str]:
         unreachable = self._router.unreachable()
@@ -160,7 +193,7 @@ class RunningGateway:
 
     async def _database_health(self) -> str:
         try:
-            await self._pool.fetchval("SELECT 1", timeout=_HEALTH_S)
+            await self._pool.fetchval("SELECT 1", timeout=HEALTH_TIMEOUT_MS / SECOND_MS)
         except ERRORS:
             return "out of reach"
         return HEALTHY
@@ -215,5 +248,5 @@ def _listening_socket(host: str, port: int) -> socket.socket:
     # What is accepted here inherits it: what a client does not read is bounded in the kernel, too.
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_KERNEL_BYTES)
     listening.bind((host, port))
-    listening.listen(_BACKLOG)
+    listening.listen(BACKLOG_MAX)
     return listening

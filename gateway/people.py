@@ -6,13 +6,13 @@ meanwhile is told as the notice that would have told it.
 """
 
 import asyncio
-import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Coroutine
 from functools import partial
 from typing import Final, Protocol
 from uuid import UUID
 
+from actors.logs import get_logger
 from actors.messages import Answer, AuctionView, Follow, Followed, GetAuction, Noticed, Payload, Unfollow
 from engine.limits import FOLLOWED_AT_ONCE, LOOKUP_RETRY_MS, LOOKUPS_AT_ONCE, SECOND_MS, STANDINGS_MAX, STANDINGS_MS
 from engine.notices import NoticeKind
@@ -21,7 +21,7 @@ from gateway.catalogue import CatalogueUnavailable
 from gateway.fanout import Sink
 from gateway.wire import Standing, encode_notice
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _OVER: Final = ("ended", "cancelled")
 
@@ -166,7 +166,7 @@ class People:
                 await self._look_up(user, person, self._shards.shards)
         except Exception as error:
             if not isinstance(error, _Refused):
-                logger.exception("the standings of %s could not be read", user)
+                logger.exception("the standings could not be read", user=user)
             refusal = error.rejection if isinstance(error, _Refused) else INTERNAL
             self._refuse(user, person, refusal)
         else:
@@ -316,7 +316,7 @@ class People:
             return False
         except Exception:
             # One user's trouble is not another's.
-            logger.exception("the standings of %s could not be read", user)
+            logger.exception("the standings could not be read", user=user)
         return True
 
     def _run(self, work: Coroutine[None, None, None]) -> None:

@@ -4,7 +4,7 @@ No socket, no clock, no asyncio: `socket.py` carries the intents out and brings 
 milliseconds since the epoch, UTC.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Final
 from uuid import UUID
 
@@ -24,7 +24,7 @@ from engine.limits import (
     SUBSCRIPTIONS_MAX,
     TOKEN_GRACE_MS,
 )
-from engine.rejections import Rejection
+from engine.rejections import SUSPENDED, Rejection
 from gateway import wire
 from gateway.rates import rate_limited
 from gateway.tokens import Identity, TokenInvalid
@@ -131,7 +131,6 @@ class Session:
     """One connection, from before its hello to its close."""
 
     __slots__ = (
-        "_connection",
         "_errors",
         "_errors_since",
         "_identity",
@@ -143,15 +142,19 @@ class Session:
         "_refusals",
         "_refusals_since",
         "_subscriptions",
+        "_suspended",
         "_unanswered",
         "_verify",
+        "connection",
         "is_closed",
     )
 
-    def __init__(self, connection: UUID, verify: Verify, now: int) -> None:
+    def __init__(self, connection: UUID, verify: Verify, now: int, suspended: Container[UUID] = frozenset()) -> None:
         self.is_closed = False
-        self._connection = connection
+        self.connection = connection
         self._verify = verify
+        self._suspended = suspended
+        """The users that are, at this moment: this changes under us."""
         self._opened_at = now
         self._is_welcomed = False
         self._identity: Identity | None = None
@@ -288,6 +291,10 @@ class Session:
         self._ping_at = now + HEARTBEAT_MS
         return [Ping()]
 
+    def suspensions_changed(self) -> list[Intent]:
+        """Close, if the user is among the suspended by now."""
+        return self._close(NOT_WELCOME, SUSPENDED.message) if self._is_suspended(self._identity) else []
+
     def drained(self) -> list[Intent]:
         """Say goodbye: this gateway is going away."""
         return self._close(DRAINING, "This gateway is going away; reconnect elsewhere.")
@@ -309,16 +316,21 @@ class Session:
                 identity = self._verify(message.token, now)
             except TokenInvalid as error:
                 return self._close(NOT_WELCOME, str(error))
+        if self._is_suspended(identity):
+            return self._close(NOT_WELCOME, SUSPENDED.message)
         if self._is_welcomed and _user(identity) != _user(self._identity):
             return self._close(NOT_WELCOME, "A connection stays with the user that it began with.")
         self._identity = identity
         self._is_welcomed = True
-        return [Send(wire.encode_welcome(message.ref, self._connection, identity, now))]
+        return [Send(wire.encode_welcome(message.ref, self.connection, identity, now))]
 
     def _bid(self, message: wire.Bid) -> list[Intent]:
         if self._identity is None:
             rejection = Rejection("not_authenticated", "Log in to bid.")
             return [_refusal(message.ref, rejection, message.bid_id)]
+        if self._is_suspended(self._identity):
+            # Not rejected: this bid may be the retry of one that was placed.
+            return self._close(NOT_WELCOME, SUSPENDED.message)
         if self._in_flight >= IN_FLIGHT_MAX:
             text = f"At most {IN_FLIGHT_MAX} bids may wait for their answers."
             return [_error(message.ref, "too_many", text, retry_after_ms=BUSY_RETRY_MS)]
@@ -383,6 +395,9 @@ class Session:
         if self._errors >= ERRORS_MAX:
             return self._close(NOT_PROTOCOL, "There were too many errors.")
         return [answer]
+
+    def _is_suspended(self, identity: Identity | None) -> bool:
+        return identity is not None and identity.user in self._suspended
 
     def _close(self, code: int, reason: str) -> list[Intent]:
         if self.is_closed:

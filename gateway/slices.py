@@ -1,15 +1,15 @@
 """What is to be done for many sockets, in slices, so that acknowledgements pass in between."""
 
 import asyncio
-import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
+from actors.logs import get_logger
 from engine.limits import SOCKETS_PER_SLICE
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 Item = TypeVar("Item")
 

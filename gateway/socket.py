@@ -7,7 +7,7 @@ its `ws=`), which is picows's WebSocket protocol with a `ClientSocket` as its li
 import asyncio
 import logging
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from functools import partial
 from random import uniform
 from typing import Any, Final, Protocol, cast
@@ -27,6 +27,7 @@ from picows import (
 from picows.picows import WSProtocol  # type: ignore[attr-defined]  # Public, though its stub does not name it.
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from actors.logs import get_logger
 from actors.messages import Answer, Payload
 from engine.limits import (
     BUSY_READ_MS,
@@ -44,6 +45,7 @@ from engine.limits import (
     SOCKETS_MAX,
 )
 from engine.rejections import BUSY, Rejection
+from gateway.origins import Origins
 from gateway.rates import Rates, Visit, rate_limited
 from gateway.session import (
     Close,
@@ -64,17 +66,18 @@ from gateway.session import (
 from gateway.slices import Slices
 from gateway.wire import Standing, Subscribed
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 PATH: Final = b"/v1/live"
 SUBPROTOCOL: Final = "gavel.v1"
+_WRONG_ORIGIN: Final = b"Pages of this origin may not connect here; GAVEL_ORIGINS lists those that may."
 
 # RFC 6455, section 7.4.1
 _OK: Final = 1000
 _PROTOCOL_ERROR: Final = 1002
 _MESSAGE_TOO_BIG: Final = 1009
 
-_COPIED_BYTES_MAX: Final = 8_192
+_COPIED_BYTES: Final = 8_192
 """picows copies messages up to this size before it writes them."""
 _HEADER_BYTES: Final = 14
 """The room that picows wants before a message to write a frame's header into."""
@@ -82,8 +85,8 @@ _TEXT: Final = WSMsgType.TEXT
 _TEXT_HEADER: Final = 0x81
 """A text message in one frame (RFC 6455, section 5.2)."""
 _EXTENDED: Final = 126
-"""Stands for a length from here on up to `_SHORT_BYTES_MAX`, which follows in two bytes."""
-_SHORT_BYTES_MAX: Final = 65_535
+"""Stands for a length from here on up to `_SHORT_BYTES`, which follows in two bytes."""
+_SHORT_BYTES: Final = 65_535
 
 
 # What a socket needs
@@ -175,6 +178,10 @@ class Sockets:
             if second * SECOND_MS <= now:
                 self._slices.run(tuple(self._due.pop(second)), partial(self._tick, now=now))
 
+    def suspensions_changed(self) -> None:
+        """Have each socket see if its user is among the suspended by now."""
+        self._slices.run(tuple(self._open), ClientSocket.suspensions_changed)
+
     def drain(self) -> None:
         """Close all sockets, and whatever still connects: this gateway is going away."""
         self.is_draining = True
@@ -212,7 +219,14 @@ class Sockets:
 
 
 def make_protocol(
-    router: Router, fanout: Fanout, people: People, verify: Verify, clock: Callable[[], int], sockets: Sockets
+    router: Router,
+    fanout: Fanout,
+    people: People,
+    verify: Verify,
+    clock: Callable[[], int],
+    sockets: Sockets,
+    origins: Origins,
+    suspended: Container[UUID] = frozenset(),
 ) -> type[asyncio.Protocol]:
     """Make the class that uvicorn takes as `ws=`. `clock` gives milliseconds since the epoch."""
 
@@ -224,6 +238,9 @@ def make_protocol(
             # picows would repeat it in its answer, and fail to.
             wrong = WSUpgradeResponse.create_error_response(400, b"The version of the WebSocket protocol is 13.")
             return WSUpgradeResponseWithListener(wrong, None)
+        if not all(origins.admit(one, request.headers.get("Host", "")) for one in request.headers.getall("Origin", [])):
+            forbidden = WSUpgradeResponse.create_error_response(403, _WRONG_ORIGIN)
+            return WSUpgradeResponseWithListener(forbidden, None)
         # Firefox sends "keep-alive, Upgrade". uvicorn has found the word in the list; picows takes only the word alone.
         request.headers["Connection"] = "Upgrade"
         offered = ",".join(request.headers.getall("Sec-WebSocket-Protocol", [])).split(",")
@@ -231,7 +248,8 @@ def make_protocol(
         response = WSUpgradeResponse.create_101_response(
             {"Sec-WebSocket-Protocol": SUBPROTOCOL} if is_offered else None
         )
-        socket = ClientSocket(router, fanout, people, Session(uuid4(), verify, clock()), clock, sockets)
+        session = Session(uuid4(), verify, clock(), suspended)
+        socket = ClientSocket(router, fanout, people, session, clock, sockets)
         return WSUpgradeResponseWithListener(response, socket)
 
     class LiveProtocol(_LiveProtocol):
@@ -298,7 +316,7 @@ class ClientSocket(WSListener):
 
     def send(self, frame: bytes) -> None:
         """Write a text message; does nothing once the socket is closed."""
-        if len(frame) <= _COPIED_BYTES_MAX:
+        if len(frame) <= _COPIED_BYTES:
             self.transport.send(_TEXT, frame)
         else:
             # Of a larger message picows leaves the header in a buffer that its next message overwrites, perhaps before
@@ -323,6 +341,10 @@ class ClientSocket(WSListener):
             self.close_as_too_slow()
         else:
             self._run(self._session.tick(now))
+
+    def suspensions_changed(self) -> None:
+        """Close, if the user is among the suspended by now."""
+        self._run(self._session.suspensions_changed())
 
     def drain(self) -> None:
         """Close, since this gateway is going away."""
@@ -416,7 +438,7 @@ class ClientSocket(WSListener):
         picows, which would ask the system to send it at once, then puts what follows behind it.
         """
         size = len(frame)
-        assert size <= _SHORT_BYTES_MAX
+        assert size <= _SHORT_BYTES
         if not (self.transport.is_close_frame_sent or self.transport.is_disconnected):
             header = (
                 bytes((_TEXT_HEADER, size)) if size < _EXTENDED else struct.pack("!BBH", _TEXT_HEADER, _EXTENDED, size)
@@ -522,6 +544,7 @@ class ClientSocket(WSListener):
         if self._is_closing:
             return
         self._leave()
+        logger.debug("a socket is closed", connection=self._session.connection, code=code, reason=reason)
         assert len(reason.encode()) <= CLOSE_REASON_BYTES_MAX
         # Cython's enum takes every number, as RFC 6455 wants it; its stub does not say so.
         self.transport.send_close(cast("WSCloseCode", code), reason.encode())
@@ -597,7 +620,7 @@ class _QuietLogger(logging.LoggerAdapter[logging.Logger]):
     """
 
     def info(self, msg: object, *args: object, **kwargs: Any) -> None:  # noqa: ANN401 (as in logging)
-        self.debug(msg, *args, **kwargs)
+        """Say nothing: whence a peer comes is nobody's business."""
 
     def error(self, msg: object, *args: object, **kwargs: Any) -> None:  # noqa: ANN401 (as in logging)
         if str(msg).startswith("WS parser error"):
@@ -606,7 +629,7 @@ class _QuietLogger(logging.LoggerAdapter[logging.Logger]):
             super().error(msg, *args, **kwargs)
 
 
-_LOGGER: Final = _QuietLogger(logger)
+_LOGGER: Final = _QuietLogger(logging.getLogger(__name__))
 
 
 def make_http_protocol(connections_max: int) -> "type[HttpProtocol]":

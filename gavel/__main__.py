@@ -12,9 +12,12 @@ from gavel.errors import CommandError
 COMMANDS: Final = {
     "up": "Run the engine: database, shards and gateways.",
     "token": "Print an access token for a user.",
+    "suspend": "Lock a user out, or let it in again.",
     "watch": "Follow an auction in the terminal.",
     "replay": "Play a recorded bid history against an engine.",
     "verify": "Check the journal: order, hash chains, decisions.",
+    "backup": "Write a backup of the embedded Postgres and the keys.",
+    "restore": "Make a data folder as it was at a moment, from a backup.",
     "bench": "Measure the engine beside its peers, and write a report.",
     "simulate": "Run the engine on simulated time and faults, and judge it.",
 }

@@ -40,7 +40,8 @@ DRAINING, TOO_MANY = 4000, 4502
 FINAL_CLOSES: Final = {
     1009: "a message was too large for it",
     4500: "it does not take us for a client of its protocol",
-    4501: "it does not accept our token; issue a new one with the key in its data folder (--data-dir)",
+    4501: "it does not accept our token, or our user is suspended; issue a new one with the key in its data folder "
+    "(--data-dir)",
 }
 """Close codes after which connecting again would end the same way."""
 

@@ -159,6 +159,9 @@ class Cluster:
             raised_addresses=self._settings.raised_addresses,
             memory_bytes_max=None if memory_mb is None else memory_mb * MEBIBYTE,
             gateways=self._settings.gateways,
+            origins=self._settings.origins or "",
+            tls_certificate=_text(self._settings.tls_certificate),
+            tls_key=_text(self._settings.tls_key),
         )
         self._shards = [shard_actor.create(self._place, number) for number in range(self._settings.shards)]
         self._gateways = [gateway_actor.create(self._place, door, number) for number in range(self._settings.gateways)]
@@ -202,6 +205,10 @@ async def _ready(actor: Any) -> None:  # noqa: ANN401 (Ray's handles have no typ
             await asyncio.sleep(PAUSE_S)
         else:
             return
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def _kill(actors: list[Any]) -> None:

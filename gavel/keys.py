@@ -75,6 +75,11 @@ def ensure_secret(data_dir: Path, given: SecretStr | None = None) -> bytes:
     return secret
 
 
+def copy_keys(data_dir: Path, target_dir: Path) -> None:
+    """Copy the key pair to another data folder, or to a backup. Raises `OSError`."""
+    create(_folder(target_dir) / KEYS_FILE, (_folder(data_dir) / KEYS_FILE).read_bytes())
+
+
 def secret_path(data_dir: Path) -> Path:
     """The file of the cluster's secret, where none is given."""
     return _folder(data_dir) / SECRET_FILE

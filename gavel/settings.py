@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, Validati
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from engine.limits import RAISED_ADDRESSES
+from gateway.origins import Origins
 from gateway.rates import networks
 from gavel.errors import CommandError
 
@@ -69,6 +70,21 @@ def _addresses(value: str) -> str:
     return value
 
 
+def _origins(value: str) -> str:
+    try:
+        Origins(value)
+    except ValueError:
+        raise ValueError("is not a list of origins") from None
+    return value
+
+
+def _file(value: Path) -> Path:
+    file = value.expanduser().absolute()
+    if not file.is_file():
+        raise ValueError("is not a file")
+    return file
+
+
 def _folder(value: Path) -> Path:
     folder = value.expanduser().absolute()
     if folder.exists() and not folder.is_dir():
@@ -93,6 +109,9 @@ class Settings(BaseSettings):
     data_dir: Annotated[Path, AfterValidator(_folder)] = Field(
         default_factory=default_data_dir, description="the folder for keys and the embedded Postgres"
     )
+    archive_dir: Annotated[Path, AfterValidator(_folder)] | None = Field(
+        None, description="a folder to which the embedded Postgres's write-ahead log is copied, for `gavel restore`"
+    )
     database_url: Annotated[str, Field(max_length=2_000), AfterValidator(_database_url)] | None = Field(
         None, repr=False, description="a Postgres server; without it an embedded one is started"
     )
@@ -105,6 +124,16 @@ class Settings(BaseSettings):
     raised_addresses: Annotated[str, Field(max_length=10_000), AfterValidator(_addresses)] = Field(
         RAISED_ADDRESSES,
         description="addresses and networks whose clients have no rate limits, separated by commas, or none",
+    )
+    origins: Annotated[str, Field(max_length=10_000), AfterValidator(_origins)] | None = Field(
+        None,
+        description="whose web pages may open sockets, beside the gateways' own: origins separated by commas, or *",
+    )
+    tls_certificate: Annotated[Path, AfterValidator(_file)] | None = Field(
+        None, description="the PEM file of the certificate, with its chain; with it the gateways speak TLS only"
+    )
+    tls_key: Annotated[Path, AfterValidator(_file)] | None = Field(
+        None, description="the PEM file of the certificate's private key, without a passphrase"
     )
     gateway_memory_mb: int | None = Field(
         None,
@@ -121,19 +150,24 @@ class Settings(BaseSettings):
     def url(self) -> str:
         """Where clients on this machine find the server."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104 - not to listen on
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        scheme = "http" if self.tls_certificate is None else "https"
+        return f"{scheme}://[{host}]:{self.port}" if ":" in host else f"{scheme}://{host}:{self.port}"
 
 
 _RIGHT: Final = {
     "host": "the name or address of one of this machine's interfaces, such as 127.0.0.1",
     "port": "a whole number from 0 to 65535",
     "data_dir": "a folder",
+    "archive_dir": "a folder",
     "database_url": "like postgresql://user:password@host/database",
     "ray_address": "like 10.0.0.1:6379 or ray://10.0.0.1:10001",
     "shards": "a whole number from 1 to 64",
     "gateways": "a whole number from 1 to 16",
     "secret": "16 to 1000 characters long",
     "raised_addresses": "like 10.0.0.0/8,192.0.2.7,::1, or none",
+    "origins": "like https://gavel.example,http://localhost:5173, or *",
+    "tls_certificate": "a PEM file",
+    "tls_key": "a PEM file",
     "gateway_memory_mb": "a whole number from 1 to 1000000",
     "log_level": "debug, info, warning or error",
 }

@@ -8,10 +8,11 @@ from uuid import UUID
 
 import click
 
+from engine.limits import SECOND_MS, TOKEN_TTL_MS_MAX
+
 if TYPE_CHECKING:
     from engine.commands import Role
 
-TTL_S_MAX: Final = 366 * 24 * 60 * 60
 _UNITS: Final = {"": 1, "s": 1, "m": 60, "h": 60 * 60, "d": 24 * 60 * 60}
 
 
@@ -27,7 +28,7 @@ class Duration(click.ParamType[int]):
         if match is None:
             self.fail(f"{value!r} is not a duration; write it as 90, 15m, 1h or 7d.", param, ctx)
         seconds = int(match[1]) * _UNITS[match[2]]
-        if not 1 <= seconds <= TTL_S_MAX:
+        if not 1 <= seconds <= TOKEN_TTL_MS_MAX // SECOND_MS:
             self.fail(f"{value!r} is not between 1s and 366d.", param, ctx)
         return seconds
 

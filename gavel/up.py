@@ -19,12 +19,15 @@ import migrations
 from actors.bootstrap import Place
 from actors.database import ERRORS
 from actors.directory import Directory
+from actors.logs import log_to_terminal
 from engine.limits import FILES_RESERVED, SOCKETS_MAX
 from gateway.room import raise_file_limit, sockets_for
+from gavel.archive import KEEP_MB, Archive, claim
+from gavel.certificate import check_certificate
 from gavel.cluster import Cluster
 from gavel.errors import CommandError
 from gavel.keys import KeyPair, ensure_keys, ensure_secret, secret_path
-from gavel.postgres import EmbeddedPostgres, held, tune
+from gavel.postgres import EmbeddedPostgres, held, reason_of, tune
 from gavel.settings import Settings, load_settings
 from gavel.supervision import LOOK_S, PAUSE_S, beside, is_done_before, pauses, persist
 
@@ -47,15 +50,19 @@ Examples:
 @click.option("--host", help="The address to listen on (default 127.0.0.1).")
 @click.option("--port", type=int, help="The port to listen on; 0 takes a free one (default 8700).")
 @click.option("--data-dir", help="The folder for keys, logs and the embedded Postgres.")
+@click.option("--archive-dir", help="A folder to copy the embedded Postgres's log to, for `gavel restore`.")
 @click.option("--shards", type=int, help="How many processes hold auctions (default 2).")
 @click.option("--gateways", type=int, help="How many processes hold sockets (default 1).")
 @click.option("--demo", is_flag=True, help="Let simulated bidders bid on a few auctions.")
 def command(demo: bool, **given: object) -> None:
     """Run the engine: database, shards and gateways. Ends on Ctrl-C or SIGTERM.
 
-    Prints one line, `ready http://HOST:PORT`, when bids can be placed.
+    Prints one line, `ready http://HOST:PORT`, when bids can be placed; with TLS `ready https://HOST:PORT`.
     """
-    asyncio.run(_up(load_settings(**given), is_demo=demo))
+    settings = load_settings(**given)
+    check_certificate(settings.tls_certificate, settings.tls_key)
+    log_to_terminal()
+    asyncio.run(_up(settings, is_demo=demo))
 
 
 async def _up(settings: Settings, *, is_demo: bool) -> None:
@@ -83,8 +90,12 @@ async def _start(settings: Settings, stack: contextlib.AsyncExitStack, stop: asy
     keys = ensure_keys(settings.data_dir)
     _provide_secret(settings)
     database_url = settings.database_url
+    if database_url is not None and settings.archive_dir is not None:
+        raise CommandError(
+            "GAVEL_ARCHIVE_DIR is for the embedded Postgres; unset it, and have the server archive its log itself."
+        )
     if database_url is None:
-        database_url = await stack.enter_async_context(_embedded_postgres(settings.data_dir, stop))
+        database_url = await stack.enter_async_context(_embedded_postgres(settings, stop))
     await stack.enter_async_context(_held_database(database_url, settings, stop))
     place = Place(
         database_url=database_url,
@@ -151,16 +162,22 @@ def _reserved_port(host: str, port: int) -> Iterator[int]:
 
 
 @contextlib.asynccontextmanager
-async def _embedded_postgres(data_dir: Path, stop: asyncio.Event) -> AsyncIterator[str]:
+async def _embedded_postgres(settings: Settings, stop: asyncio.Event) -> AsyncIterator[str]:
     """Start the embedded Postgres, and start it again whenever it dies; yields its URL."""
-    _say("starting Postgres")
-    postgres = EmbeddedPostgres(data_dir)
-    try:
+    async with contextlib.AsyncExitStack() as stack:
+        archive = None
+        if settings.archive_dir is not None:
+            claim(settings.data_dir, settings.archive_dir)
+            archive = Archive(settings.archive_dir, _say)
+            stack.push_async_callback(archive.close)
+        _say("starting Postgres")
+        postgres = EmbeddedPostgres(settings.data_dir)
+        stack.callback(postgres.stop)
         url = await asyncio.to_thread(postgres.start)
-        async with beside(_keep_postgres(postgres), stop):
-            yield url
-    finally:
-        postgres.stop()
+        await stack.enter_async_context(beside(_keep_postgres(postgres), stop))
+        if archive is not None:
+            await stack.enter_async_context(beside(archive.keep(url), stop))
+        yield url
 
 
 async def _keep_postgres(postgres: EmbeddedPostgres) -> None:
@@ -180,13 +197,13 @@ async def _held_database(database_url: str, settings: Settings, stop: asyncio.Ev
         try:
             await hold.take()
             if settings.database_url is None:
-                await hold.tune()
+                await hold.tune(keep_mb=0 if settings.archive_dir is None else KEEP_MB)
             await migrations.upgrade(database_url)
             async with asyncpg.create_pool(database_url, min_size=1, max_size=1) as pool:
                 await Directory(pool).lay_out(settings.shards)
         except (*ERRORS, ValueError, SQLAlchemyError, MigrationError) as error:
             raise CommandError(
-                f"The database cannot be used ({type(error).__name__}: {error}); check GAVEL_DATABASE_URL."
+                f"The database cannot be used ({reason_of(error)}); check GAVEL_DATABASE_URL."
             ) from error
         async with beside(hold.keep(), stop):
             yield
@@ -225,10 +242,10 @@ class _Hold:
             await asyncio.sleep(PAUSE_S)
         raise CommandError("Another engine runs on this database; stop it first, or use a database of its own.")
 
-    async def tune(self) -> None:
+    async def tune(self, keep_mb: int) -> None:
         """Set what an embedded Postgres is to do otherwise."""
         assert self._connection is not None
-        await tune(self._connection)
+        await tune(self._connection, keep_mb)
 
     async def keep(self) -> None:
         """Take the lock again, in a new session, whenever the one that holds it has ended. Raises `CommandError`."""

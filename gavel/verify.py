@@ -16,7 +16,7 @@ from actors.journal import SELECT_ROWS, Row, row_of
 from engine.auction import due_at
 from engine.audit import Audit
 from gavel.errors import CommandError
-from gavel.postgres import reachable_database
+from gavel.postgres import reachable_database, reason_of
 from gavel.settings import load_settings
 
 _PREFETCH: Final = 1_000
@@ -81,7 +81,9 @@ async def _verify(database_url: str, auction: UUID | None) -> Report:
         finally:
             await connection.close()
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as error:
-        raise CommandError(f"The journal cannot be read ({error}); is this the engine's database?") from error
+        raise CommandError(
+            f"The journal cannot be read ({reason_of(error)}); is this the engine's database?"
+        ) from error
 
 
 async def verify(connection: asyncpg.Connection, auction: UUID | None) -> Report:

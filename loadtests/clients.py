@@ -167,7 +167,9 @@ async def _connect(client: Client, url: str) -> None:
     if address:
         high, low = divmod(os.getpid() % _BLOCKS**2, _BLOCKS)
         source["local_addr"] = f"127.{high + 1}.{low + 1}.{address % _BLOCKS + 1}", 0
-    await ws_connect(lambda: client, f"ws://{urlsplit(url).netloc}{client._framing.path}", **source)
+    parts = urlsplit(url)
+    scheme = "wss" if parts.scheme == "https" else "ws"
+    await ws_connect(lambda: client, f"{scheme}://{parts.netloc}{client._framing.path}", **source)
 
 
 class Pace:

@@ -33,13 +33,13 @@ LANES = (
         Suite("engine", ("engine",), budget_s=180, test_timeout_s=60),
         Suite("units", ("actors", "gateway", "gavel", "loadtests"), budget_s=180, test_timeout_s=20),
     ),
-    (Suite("integration", ("contracts", "integration"), budget_s=300, test_timeout_s=60),),
+    (Suite("integration", ("contracts", "deploy", "integration"), budget_s=300, test_timeout_s=60),),
 )
 ALONE = (
     # Seeds are simulated in processes of their own; coverage would not see them.
     Suite("simulation", ("simulation",), budget_s=240, test_timeout_s=120, is_covered=False),
     # Whole engines, as processes of their own: coverage would not see them.
-    Suite("whole", ("e2e", "faults"), budget_s=420, test_timeout_s=120, is_covered=False),
+    Suite("whole", ("e2e", "faults"), budget_s=480, test_timeout_s=120, is_covered=False),
 )
 SUITES = (*LANES[0], *LANES[1], *ALONE)
 

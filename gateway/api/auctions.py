@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 from starlette.responses import Response
 from typing_extensions import TypedDict
 
+from actors.logs import get_logger
 from actors.messages import Answer, AuctionView, BidAccepted, GetAuction, Payload
 from engine.auction import Status
 from engine.commands import CancelAuction, EndAuction, OpenAuction, PlaceBid, SoftClose, Terms
@@ -39,6 +40,7 @@ from gateway.api.envelope import (
     Pagination,
     Refused,
     Success,
+    command_id,
     failures,
     iso,
     success,
@@ -46,6 +48,8 @@ from gateway.api.envelope import (
 from gateway.api.values import Amount, Currency, ExactRoute, Moment, MoneyOut, Seconds, Time
 from gateway.catalogue.auctions import ListedAuction, list_auctions, list_bids
 from gateway.rates import rate_limited
+
+logger = get_logger(__name__)
 
 router = APIRouter(prefix="/auctions", tags=["auctions"], route_class=ExactRoute)
 
@@ -216,7 +220,7 @@ class BidList(TypedDict):
 # The routes
 
 
-@router.post("", status_code=201, response_model=Success[AuctionData], responses=failures(401, 409, body=True))
+@router.post("", status_code=201, response_model=Success[AuctionData], responses=failures(401, 403, 409, body=True))
 async def open_auction(
     request: Request, edge: CurrentEdge, caller: Caller, body: AuctionToOpen, idempotency_key: _IdempotencyKey = None
 ) -> Response:
@@ -224,15 +228,16 @@ async def open_auction(
     # Made of the key, a retry's id is the same; made of the user too, nobody can take another's.
     auction = uuid4() if idempotency_key is None else uuid5(caller.user, str(idempotency_key))
     command = OpenAuction(
-        auction=auction, maker=caller.user, request_id=idempotency_key or uuid4(), terms=_read_terms(body)
+        auction=auction, maker=caller.user, request_id=idempotency_key or command_id(request), terms=_read_terms(body)
     )
+    _log(command, command.request_id)
     answer = await edge.router.ask(command)
     if isinstance(answer, Rejection) and answer.field == "increments" and body.minimum_bid_increment is not None:
         answer = msgspec.structs.replace(answer, field="minimum_bid_increment")
     return success(request, _show_auction(_view(answer), caller), status=201)
 
 
-@router.get("", response_model=Success[AuctionList], responses=failures(401))
+@router.get("", response_model=Success[AuctionList], responses=failures(401, 403))
 async def get_auctions(
     request: Request,
     edge: CurrentEdge,
@@ -264,7 +269,7 @@ async def get_auctions(
     return success(request, data)
 
 
-@router.get("/{auction_id}", response_model=Success[AuctionData], responses=failures(401, 404))
+@router.get("/{auction_id}", response_model=Success[AuctionData], responses=failures(401, 403, 404))
 async def get_auction(request: Request, edge: CurrentEdge, caller: OptionalCaller, auction_id: UUID) -> Response:
     """Show an auction; to one who bids in it also how it stands (`you`), to its maker also the reserve."""
     view = await _ask(edge, GetAuction(auction_id, None if caller is None else caller.user))
@@ -297,11 +302,12 @@ async def place_bid(
     command = PlaceBid(
         auction=auction_id,
         bidder=caller.user,
-        bid_id=idempotency_key or uuid4(),
+        bid_id=idempotency_key or command_id(request),
         amount=_read_bid("bid_amount", body.bid_amount, currency),
         max_amount=_read_bid("max_bid_amount", body.max_bid_amount, currency),
         currency=body.currency,
     )
+    _log(command, command.bid_id)
     answer = await edge.router.ask(command)
     if isinstance(answer, Rejection):
         raise Refused(answer, currency)
@@ -309,7 +315,7 @@ async def place_bid(
     return success(request, _show_bid(command, answer, currency), status=201)
 
 
-@router.get("/{auction_id}/bids", response_model=Success[BidList], responses=failures(401, 404))
+@router.get("/{auction_id}/bids", response_model=Success[BidList], responses=failures(401, 403, 404))
 async def get_bids(
     request: Request,
     edge: CurrentEdge,
@@ -358,10 +364,11 @@ async def end_auction(
         auction=auction_id,
         caller=caller.user,
         role=caller.role,
-        request_id=uuid4(),
+        request_id=command_id(request),
         reason=None if body is None else body.reason,
         salt=token_bytes(SALT_BYTES),
     )
+    _log(command, command.request_id)
     return success(request, _show_auction(await _ask(edge, command), caller))
 
 
@@ -376,14 +383,22 @@ async def cancel_auction(
         auction=auction_id,
         caller=caller.user,
         role=caller.role,
-        request_id=uuid4(),
+        request_id=command_id(request),
         reason=None if body is None else body.reason,
         salt=token_bytes(SALT_BYTES),
     )
+    _log(command, command.request_id)
     return success(request, _show_auction(await _ask(edge, command), caller))
 
 
 # Asking
+
+
+def _log(command: OpenAuction | PlaceBid | EndAuction | CancelAuction, id_: UUID) -> None:
+    """Say which request brings a command: the line has the request's id, and the journal the command's."""
+    # Bids are too many to be told of each.
+    log = logger.debug if isinstance(command, PlaceBid) else logger.info
+    log("a request brings a command", command=type(command).__name__, auction=command.auction, command_id=id_)
 
 
 async def _ask(edge: Edge, payload: Payload) -> AuctionView:

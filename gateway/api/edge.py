@@ -3,7 +3,7 @@
 Nothing here knows Ray, links or keys: the wiring hands over an `Edge`, tests hand over another.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Container
 from dataclasses import dataclass
 from typing import Annotated, Protocol
 from uuid import UUID
@@ -14,7 +14,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from actors.messages import Answer, Payload
 from engine.commands import Role
-from engine.rejections import Rejection
+from engine.rejections import SUSPENDED, Rejection
 from gateway.api.envelope import Refused
 from gateway.rates import Rates
 from gateway.tokens import TokenInvalid
@@ -59,6 +59,8 @@ class Edge:
     """Shared with the sockets: a user's bids count wherever they come in."""
     health: Callable[[], Awaitable[dict[str, str]]]
     """The state of each part by its name, `healthy` where it is well."""
+    suspended: Container[UUID] = frozenset()
+    """The users that are suspended at this moment."""
 
 
 def edge_of(request: Request) -> Edge:
@@ -81,9 +83,12 @@ def optional_caller(request: Request, edge: CurrentEdge, credentials: _Credentia
             raise Refused(Rejection("not_authenticated", "Send an access token as `Authorization: Bearer …`."))
         return None
     try:
-        return edge.verifier.verify(credentials.credentials, edge.clock())
+        identity = edge.verifier.verify(credentials.credentials, edge.clock())
     except TokenInvalid as reason:
         raise Refused(Rejection("not_authenticated", str(reason))) from None
+    if identity.user in edge.suspended:
+        raise Refused(SUSPENDED)
+    return identity
 
 
 OptionalCaller = Annotated[Identity | None, Depends(optional_caller)]

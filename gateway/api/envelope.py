@@ -5,14 +5,14 @@ Success: `{"success": true, "data": …, "meta": …}`. Failure: `{"success": fa
 """
 
 import asyncio
-import logging
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from http import HTTPStatus
 from typing import Any, Final, Generic, Literal, NotRequired, TypeVar
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -21,15 +21,17 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from structlog.contextvars import bound_contextvars
 from typing_extensions import TypedDict
 
-from engine.limits import BODY_BYTES_MAX, SECOND_MS
+from actors.logs import get_logger
+from engine.limits import BODY_BYTES_MAX, LINGER_BYTES_MAX, LINGER_MS, REQUEST_ID_LENGTH_MAX, SECOND_MS
 from engine.money import to_decimal
 from engine.rejections import Code, Rejection
 from gateway.api.values import MoneyOut
 from gateway.catalogue import CatalogueUnavailable
 
-_log = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 # The shapes, as the API's description shows them
 
@@ -111,6 +113,15 @@ def failure(
     return _json({"success": False, "error": error, "meta": _meta(scope)}, status, headers)
 
 
+def command_id(request: Request) -> UUID:
+    """The id of the command that a request brings, where the client chose none: so it is known in the journal.
+
+    Where the client gave the request no id either, it is the number in `request_id`.
+    """
+    given: UUID = request.scope[_COMMAND_ID]
+    return given
+
+
 def iso(at: int) -> str:
     """Milliseconds since the epoch as ISO 8601 in UTC: `2026-10-09T10:00:00.000Z`."""
     moment = _EPOCH + timedelta(milliseconds=at)
@@ -129,6 +140,7 @@ def _json(content: object, status: int, headers: Mapping[str, str] | None = None
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _ENCODER: Final = msgspec.json.Encoder(decimal_format="number")
 _REQUEST_ID: Final = "gavel.request_id"
+_COMMAND_ID: Final = "gavel.command_id"
 
 
 # What can go wrong
@@ -246,7 +258,7 @@ async def _on_refused(request: Request, refused: Exception) -> Response:
 
 
 async def _on_catalogue_unavailable(request: Request, unavailable: Exception) -> Response:
-    _log.warning("%s: the catalogue is unavailable", request.scope[_REQUEST_ID], exc_info=unavailable)
+    logger.warning("the catalogue is unavailable", exc_info=unavailable)
     message = "Lists cannot be read just now; try again shortly."
     return await _on_refused(request, Refused(Rejection("unavailable", message, True, retry_after_ms=SECOND_MS)))
 
@@ -314,7 +326,8 @@ class _Envelope:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = scope[_REQUEST_ID] = f"req_{uuid4().hex}"
+        command_id = scope[_COMMAND_ID] = uuid4()
+        request_id = scope[_REQUEST_ID] = _given_id(scope) or f"req_{command_id.hex}"
         has_started = False
         taken = 0
 
@@ -337,27 +350,25 @@ class _Envelope:
                 raise HTTPException(413, headers=_CLOSE)
             return message
 
-        try:
-            if (length := _content_length(scope)) > BODY_BYTES_MAX:
-                taken = length
-                code, sentence = _BY_STATUS[413]
-                too_large = failure(scope, 413, code, sentence, headers=_CLOSE)
-                await too_large(scope, receive, send_with_id)
-            else:
-                await self._app(scope, receive_bounded, send_with_id)
-        except Exception:
-            _log.exception("%s: %s %s failed", request_id, scope["method"], scope["path"])
-            if has_started:  # Half an answer is out; only breaking it off tells the client.
-                raise
-            code, sentence = _BY_STATUS[500]
-            await failure(scope, 500, code, sentence)(scope, receive, send_with_id)
+        with bound_contextvars(request_id=request_id):
+            try:
+                if (length := _content_length(scope)) > BODY_BYTES_MAX:
+                    taken = length
+                    code, sentence = _BY_STATUS[413]
+                    too_large = failure(scope, 413, code, sentence, headers=_CLOSE)
+                    await too_large(scope, receive, send_with_id)
+                else:
+                    await self._app(scope, receive_bounded, send_with_id)
+            except Exception:
+                logger.exception("a request failed", method=scope["method"], path=scope["path"])
+                if has_started:  # Half an answer is out; only breaking it off tells the client.
+                    raise
+                code, sentence = _BY_STATUS[500]
+                await failure(scope, 500, code, sentence)(scope, receive, send_with_id)
 
 
 _CLOSE: Final = {"Connection": "close"}
 """Nobody reads the rest of too large a body, so the connection cannot be used again."""
-
-LINGER_BYTES_MAX: Final = 8 * BODY_BYTES_MAX
-LINGER_S = 2.0
 
 
 async def _discard(receive: Receive) -> None:
@@ -367,16 +378,25 @@ async def _discard(receive: Receive) -> None:
     """
     discarded = 0
     with suppress(TimeoutError):
-        async with asyncio.timeout(LINGER_S):
+        async with asyncio.timeout(LINGER_MS / SECOND_MS):
             while discarded < LINGER_BYTES_MAX and (message := await receive()).get("more_body"):
                 discarded += len(message.get("body", b""))
+
+
+def _given_id(scope: Scope) -> str | None:
+    """The id that the client has given its request, where it is one that may stand in logs and headers."""
+    value = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+    return value if _GIVEN_ID.fullmatch(value) else None
+
+
+_GIVEN_ID: Final = re.compile(rf"[A-Za-z0-9_.:-]{{1,{REQUEST_ID_LENGTH_MAX}}}")
 
 
 def _content_length(scope: Scope) -> int:
     """The body's length as its header says; 0 where it does not (the bytes are counted as well)."""
     value = dict(scope["headers"]).get(b"content-length", b"")
     # Cut, because Python refuses to read thousands of digits; what is left of so many is too large as well.
-    return int(value[:_LENGTH_DIGITS_MAX]) if value.isdigit() else 0
+    return int(value[:_LENGTH_DIGITS]) if value.isdigit() else 0
 
 
-_LENGTH_DIGITS_MAX: Final = 20
+_LENGTH_DIGITS: Final = 20

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, Wit
 from pydantic_core import PydanticCustomError
 from starlette.responses import Response
 
-from engine.limits import INTEGER_MAX
+from engine.limits import AMOUNT_DIGITS_MAX, INTEGER_MAX
 from engine.money import CURRENCIES
 
 # JSON
@@ -62,13 +62,12 @@ def _read_amount(value: object) -> Decimal:
     # Decimals compute with 28 digits; within these bounds nothing is ever rounded.
     exponent = amount.as_tuple().exponent
     assert isinstance(exponent, int), "neither JSON nor the pattern knows infinities"
-    if len(amount.as_tuple().digits) > _DIGITS_MAX or abs(exponent) > _DIGITS_MAX:
+    if len(amount.as_tuple().digits) > AMOUNT_DIGITS_MAX or abs(exponent) > AMOUNT_DIGITS_MAX:
         raise PydanticCustomError("amount", "An amount is at most 99,999,999.99, with its currency's decimals.")
     return amount
 
 
-_DECIMAL: Final = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20})?")
-_DIGITS_MAX: Final = 20
+_DECIMAL: Final = re.compile(rf"-?[0-9]{{1,{AMOUNT_DIGITS_MAX}}}(\.[0-9]{{1,{AMOUNT_DIGITS_MAX}}})?")
 
 Amount = Annotated[
     Decimal,

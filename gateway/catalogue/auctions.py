@@ -14,11 +14,8 @@ import asyncpg
 from actors.database import ERRORS, is_passing
 from engine.auction import Status
 from engine.events import BidPlaced, decode
-from engine.limits import STANDINGS_MAX, STANDINGS_MS
+from engine.limits import LIST_TIMEOUT_MS, SECOND_MS, STANDINGS_MAX, STANDINGS_MS
 from gateway.catalogue import CatalogueUnavailable
-
-TIMEOUT_S: Final = 2.0
-"""How long a list may take, waiting for a connection included."""
 
 
 class ListedAuction(NamedTuple):
@@ -122,7 +119,7 @@ async def list_joined(pool: asyncpg.Pool, user: UUID) -> list[UUID]:
 async def _reading(pool: asyncpg.Pool) -> AsyncIterator[asyncpg.pool.PoolConnectionProxy]:
     """A connection, for as long as a list may take. What the driver raises is translated here, once."""
     try:
-        async with asyncio.timeout(TIMEOUT_S), pool.acquire() as connection:
+        async with asyncio.timeout(LIST_TIMEOUT_MS / SECOND_MS), pool.acquire() as connection:
             yield connection
     except ERRORS as error:
         if is_passing(error):

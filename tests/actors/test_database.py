@@ -76,8 +76,8 @@ async def test_whoever_wants_a_pool_waits_for_whatever_passes_and_says_so_once(
         return pool
 
     monkeypatch.setattr(asyncpg, "create_pool", create_pool)
-    monkeypatch.setattr(database, "_CONNECT_RETRY_S", 0)
-    with caplog.at_level(logging.DEBUG, logger=database.logger.name):
+    monkeypatch.setattr(database, "DATABASE_RETRY_MS", 0)
+    with caplog.at_level(logging.DEBUG, logger=database.__name__):
         assert await Postgres("").pool() is pool
     assert [record.levelno for record in caplog.records] == [logging.WARNING] + [logging.DEBUG] * (len(errors) - 1)
 

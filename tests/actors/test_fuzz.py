@@ -224,9 +224,10 @@ def faults() -> Iterator[list[logging.LogRecord]]:
             kept.append(record)
         return False
 
-    link.logger.addFilter(keep)
+    logger = logging.getLogger(link.__name__)
+    logger.addFilter(keep)
     yield kept
-    link.logger.removeFilter(keep)
+    logger.removeFilter(keep)
 
 
 def run(randomness: random.Random, talk: Callable[[int], int]) -> None:

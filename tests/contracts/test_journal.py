@@ -1185,7 +1185,8 @@ async def test_postgres_has_the_tables_that_the_simulated_server_has(pool: async
         for (table,) in await pool.fetch(
             "SELECT table_name FROM information_schema.tables WHERE table_schema = 'public'"
         )
-        if table != "alembic_version"
+        # What only doors read (Alembic's own aside) is not simulated: simulated clients have no door.
+        if table not in ("alembic_version", "suspensions")
     ]
     constraints = await pool.fetch(
         "SELECT conrelid::regclass::text, contype::text, conkey, confrelid::regclass::text, pg_get_constraintdef(oid) "

@@ -30,6 +30,10 @@ pytestmark = pytest.mark.timeout(120)
         ({"GAVEL_DATABASE_URL": "postgresql://anna:sesame@127.0.0.1:1/gavel"}, ["database", "GAVEL_DATABASE_URL"]),
         ({"GAVEL_DATABASE_URL": "mysql://anna:sesame@127.0.0.1/gavel"}, ["GAVEL_DATABASE_URL"]),
         ({"GAVEL_SECRET": "sesame"}, ["GAVEL_SECRET", "16"]),
+        (
+            {"GAVEL_DATABASE_URL": "postgresql://anna:sesame@127.0.0.1:1/gavel", "GAVEL_ARCHIVE_DIR": "never"},
+            ["GAVEL_ARCHIVE_DIR", "the server"],
+        ),
     ],
 )
 def test_an_impossible_setting_is_one_sentence(engine: Engine, environment: dict[str, str], words: list[str]) -> None:

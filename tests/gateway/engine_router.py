@@ -108,6 +108,7 @@ class World:
 
     now: int = NOW
     rates: Rates = field(default_factory=Rates)
+    suspended: set[UUID] = field(default_factory=set)
     health: dict[str, str] = field(default_factory=lambda: {"postgres": "healthy", "shards": "healthy"})
 
     def start(
@@ -118,7 +119,15 @@ class World:
         async def health() -> dict[str, str]:
             return self.health
 
-        edge = Edge(self.router, verifier or Tokens(), cast(asyncpg.Pool, pool), lambda: self.now, self.rates, health)
+        edge = Edge(
+            router=self.router,
+            verifier=verifier or Tokens(),
+            pool=cast(asyncpg.Pool, pool),
+            clock=lambda: self.now,
+            rates=self.rates,
+            health=health,
+            suspended=self.suspended,
+        )
         transport = httpx.ASGITransport(create_app(edge))
         return httpx.AsyncClient(transport=transport, base_url="http://gavel", headers={"accept": "application/json"})
 

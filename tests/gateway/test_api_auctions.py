@@ -16,7 +16,7 @@ from engine.rejections import Rejection
 from gateway.api.auctions import AuctionToOpen
 from gateway.rates import Rates
 from gateway.tokens import Verifier, issue, make_key_pair
-from tests.gateway.engine_router import MAKER, NOW, World, as_user, auction_to_open
+from tests.gateway.engine_router import ANNA, MAKER, NOW, World, as_user, auction_to_open
 
 AUCTIONS = "/api/v1/auctions"
 
@@ -41,6 +41,23 @@ async def opened(client: httpx.AsyncClient, **changes: Any) -> str:
 
 async def bid(client: httpx.AsyncClient, auction: str, who: str, **body: Any) -> httpx.Response:
     return await client.post(f"{AUCTIONS}/{auction}/bids", json=body, headers=as_user(who))
+
+
+# Who may ask
+
+
+async def test_a_suspended_user_is_refused_whatever_it_asks(world: World, client: httpx.AsyncClient) -> None:
+    auction = await opened(client)
+    world.suspended.add(ANNA)
+    for response in (
+        await client.get(f"{AUCTIONS}/{auction}", headers=as_user("anna")),
+        await client.post(AUCTIONS, json=auction_to_open(), headers=as_user("anna")),
+        await bid(client, auction, "anna", bid_amount=20),
+    ):
+        assert (response.status_code, response.json()["error"]["code"]) == (403, "FORBIDDEN")
+        assert response.json()["error"]["message"] == "This user is suspended."
+    assert (await client.get(f"{AUCTIONS}/{auction}")).status_code == 200
+    assert (await bid(client, auction, "ben", bid_amount=20)).status_code == 201
 
 
 # Opening

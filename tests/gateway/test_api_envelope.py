@@ -1,9 +1,11 @@
 import asyncio
+import json
 import logging
 import re
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any, get_args
+from uuid import uuid4
 
 import httpx
 import pytest
@@ -11,10 +13,12 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
-from engine.limits import BODY_BYTES_MAX
+from actors.logs import json_lines
+from engine.commands import EndAuction, PlaceBid
+from engine.limits import BODY_BYTES_MAX, LINGER_BYTES_MAX, REQUEST_ID_LENGTH_MAX
 from engine.rejections import Code, Rejection
 from gateway.api import envelope
-from gateway.api.envelope import LINGER_BYTES_MAX, STATUSES, Refused, install, iso
+from gateway.api.envelope import STATUSES, Refused, install, iso
 from tests.gateway.engine_router import World, as_user, auction_to_open
 
 AUCTIONS = "/api/v1/auctions"
@@ -127,6 +131,7 @@ async def test_a_fault_is_one_sentence_for_the_client_and_a_traceback_for_us(
     world: World, client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     world.router.next_answer = RuntimeError("secret detail")
+    caplog.handler.setFormatter(json_lines())
     with caplog.at_level(logging.ERROR):
         response = await client.post(AUCTIONS, json=auction_to_open(), headers=as_user("maker"))
     assert response.status_code == 500
@@ -136,8 +141,45 @@ async def test_a_fault_is_one_sentence_for_the_client_and_a_traceback_for_us(
         "details": [],
     }
     assert "secret" not in response.text
-    assert response.headers["x-request-id"] in caplog.text
-    assert "secret detail" in caplog.text
+    line = json.loads(caplog.text)
+    assert (line["event"], line["request_id"]) == ("a request failed", response.headers["x-request-id"])
+    assert "secret detail" in line["exception"]
+
+
+async def test_a_request_may_bring_its_own_id(client: httpx.AsyncClient) -> None:
+    for given in ("a", "req_1.2:3-4", "x" * REQUEST_ID_LENGTH_MAX):
+        response = await client.get(AUCTIONS + "/x", headers={"X-Request-ID": given})
+        assert response.headers["x-request-id"] == response.json()["meta"]["request_id"] == given
+    for given in ("", "a b", "x" * (REQUEST_ID_LENGTH_MAX + 1), "\xe4", '"'):
+        response = await client.get(AUCTIONS + "/x", headers={b"X-Request-ID": given.encode("latin-1")})
+        assert re.fullmatch(r"req_[0-9a-f]{32}", response.headers["x-request-id"])
+
+
+async def test_a_requests_id_leads_to_its_command(
+    world: World, client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened = await client.post(AUCTIONS, json=auction_to_open(), headers=as_user("maker"))
+    path = f"{AUCTIONS}/{opened.json()['data']['auction_id']}"
+    caplog.handler.setFormatter(json_lines())
+    key = str(uuid4())
+    bid = {"bid_amount": 10, "currency": "USD"}
+    with caplog.at_level(logging.DEBUG, logger="gateway"):
+        for tail, body, headers, role in (
+            ("/bids", bid, {}, "anna"),
+            ("/bids", {**bid, "bid_amount": 90}, {"Idempotency-Key": key, "X-Request-ID": "mine"}, "anna"),
+            ("/end", {"reason": "It broke."}, {"X-Request-ID": "admins"}, "admin"),
+        ):
+            response = await client.post(path + tail, json=body, headers={**as_user(role), **headers})
+            assert response.status_code in (200, 201)
+    lines = [json.loads(line) for line in caplog.text.splitlines()]
+    place, _, end = world.router.asked[-3:]
+    assert isinstance(place, PlaceBid)
+    assert isinstance(end, EndAuction)
+    assert [(line["request_id"], line["command"], line["command_id"]) for line in lines] == [
+        (f"req_{place.bid_id.hex}", "PlaceBid", str(place.bid_id)),
+        ("mine", "PlaceBid", key),
+        ("admins", "EndAuction", str(end.request_id)),
+    ]
 
 
 async def test_an_answer_that_cannot_be_is_a_fault(world: World, client: httpx.AsyncClient) -> None:
@@ -234,7 +276,7 @@ async def test_a_chunked_body_is_not_read_whole(client: httpx.AsyncClient) -> No
 
 
 async def test_nobody_waits_long_for_the_rest_of_too_large_a_body(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(envelope, "LINGER_S", 0.01)
+    monkeypatch.setattr(envelope, "LINGER_MS", 10)
     app = FastAPI()
     install(app)
     sent: list[Message] = []

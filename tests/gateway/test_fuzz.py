@@ -30,6 +30,7 @@ from engine.limits import (
     SUBSCRIPTIONS_MAX,
 )
 from engine.rejections import BUSY, INTERNAL, NOT_FOUND, OUTCOME_UNKNOWN, UNAVAILABLE, Rejection
+from gateway.origins import Origins
 from gateway.session import (
     Close,
     FollowUser,
@@ -523,7 +524,7 @@ class Gateway:
         self.behind = Behind(randomness)
         self._state = ServerState()
         self.connections = self._state.connections
-        protocol = make_protocol(self.behind, self.behind, self.behind, VERIFY, lambda: NOW, self.sockets)
+        protocol = make_protocol(self.behind, self.behind, self.behind, VERIFY, lambda: NOW, self.sockets, Origins())
         self._http = make_http_protocol(SOCKETS_MAX)
         self._config = uvicorn.Config(_app, ws=protocol, lifespan="off", log_config=None, http=self._http)
         self._config.load()

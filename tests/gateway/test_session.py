@@ -50,7 +50,8 @@ class Client:
     """Speaks to a session, and tells its frames from its other intents."""
 
     def __init__(self, hello: str | None = None) -> None:
-        self.session = Session(CONNECTION, verify, NOW)
+        self.suspended: set[UUID] = set()
+        self.session = Session(CONNECTION, verify, NOW, self.suspended)
         if hello is not None:
             self.says(op="hello", token=hello or None)
 
@@ -99,6 +100,30 @@ def test_a_guest_is_welcomed_and_may_not_bid() -> None:
     rejected = client.bids(ref="b")
     assert (rejected["type"], rejected["code"], rejected["ref"]) == ("rejected", "not_authenticated", "b")
     assert (rejected["bid_id"], rejected["is_transient"]) == (str(BID), False)
+
+
+SUSPENDED_CLOSE = [Close(4501, "This user is suspended.")]
+
+
+def test_a_suspended_user_is_not_welcome() -> None:
+    client = Client()
+    client.suspended.add(ANNA)
+    assert client.says(op="hello", token="anna 60") == SUSPENDED_CLOSE
+
+
+def test_whoever_is_suspended_is_closed(anna: Client, guest: Client) -> None:
+    for client in (anna, guest):
+        client.suspended.add(BEN)
+        assert client.session.suspensions_changed() == []
+        client.suspended.add(ANNA)
+    assert guest.session.suspensions_changed() == []
+    assert anna.session.suspensions_changed() == SUSPENDED_CLOSE
+    assert anna.session.suspensions_changed() == []
+
+
+def test_a_bid_of_a_suspended_user_is_not_rejected_for_it_may_be_a_retry(anna: Client) -> None:
+    anna.suspended.add(ANNA)
+    assert anna.bids() == SUSPENDED_CLOSE[0]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (settings.host, settings.port, settings.shards, settings.gateways) == ("127.0.0.1", 8700, 2, 1)
     assert (settings.database_url, settings.ray_address, settings.secret) == (None, None, None)
     assert (settings.raised_addresses, settings.gateway_memory_mb) == ("127.0.0.0/8,::1", None)
+    assert (settings.origins, settings.tls_certificate, settings.tls_key) == (None, None, None)
     assert settings.log_level == "info"
     assert settings.data_dir == Path("/var/lib/gavel")
 
@@ -88,6 +89,23 @@ def test_the_secret_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
             "10.0.0.0/8,192.0.2.7,::1, or none.",
         ),
         (
+            "GAVEL_ORIGINS",
+            "https://gavel.example,gavel.example",
+            "GAVEL_ORIGINS 'https://gavel.example,gavel.example' is not a list of origins; it should be like "
+            "https://gavel.example,http://localhost:5173, or *.",
+        ),
+        (
+            "GAVEL_ORIGINS",
+            "https://gavel.example/auctions",
+            "GAVEL_ORIGINS 'https://gavel.example/auctions' is not a list of origins; it should be like "
+            "https://gavel.example,http://localhost:5173, or *.",
+        ),
+        (
+            "GAVEL_TLS_CERTIFICATE",
+            "/nowhere.pem",
+            "GAVEL_TLS_CERTIFICATE '/nowhere.pem' is not a file; it should be a PEM file.",
+        ),
+        (
             "GAVEL_GATEWAY_MEMORY_MB",
             "0",
             "GAVEL_GATEWAY_MEMORY_MB '0' is too small; it should be a whole number from 1 to 1000000.",
@@ -133,3 +151,8 @@ def test_an_impossible_option_is_called_by_its_own_name() -> None:
 )
 def test_clients_on_this_machine_have_an_address(host: str, url: str) -> None:
     assert load_settings(host=host).url == url
+
+
+def test_with_a_certificate_the_address_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GAVEL_TLS_CERTIFICATE", __file__)
+    assert load_settings().url == "https://127.0.0.1:8700"

@@ -46,7 +46,7 @@ async def never(address: str) -> bool:
 
 @pytest.fixture(autouse=True)
 def _claim_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(directory_module, "_CLAIM_INTERVAL_S", 0.001)
+    monkeypatch.setattr(directory_module, "CLAIM_RETRY_MS", 1)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn, cast
 from uuid import UUID, uuid4
@@ -21,10 +22,14 @@ from actors import bootstrap, clock, database
 from actors.bootstrap import Place, RunningShard, host_of, start_shard
 from actors.directory import Directory
 from actors.journal import SELECT_ROWS, row_of
+from actors.logs import get_logger
 from engine.audit import Audit
 from engine.commands import Role
 from gateway.gateway_actor import Door, RunningGateway, start_gateway
 from gateway.tokens import issue, make_key_pair
+from gavel.client import Api, LiveClient
+from gavel.errors import CommandError
+from tests.support.certificates import make_certificate
 from tests.support.postgres import wait_for_lock
 from tests.support.waiting import until
 
@@ -409,14 +414,61 @@ async def test_each_process_logs_to_a_file_of_its_own(engine: Engine) -> None:
     root.handlers = []
     try:
         bootstrap.set_up_logging(engine.place, "shard-7")
-        logging.getLogger("actors").info("taken")
+        logging.getLogger("uvicorn").info("taken by %s", "someone", extra={"color_message": "TAKEN"})
+        get_logger("actors").info("serves", auction=MAKER, slots=7)
+        try:
+            raise ConnectionError("gone")
+        except ConnectionError:
+            get_logger("actors").exception("broke")
         (handler,) = root.handlers
         handler.close()
     finally:
         root.handlers = handlers
         root.setLevel(level)
         logging.getLogger("picows").setLevel(logging.NOTSET)
-    assert "INFO actors: taken" in (Path(engine.place.log_dir) / "shard-7.log").read_text()
+    lines = [json.loads(line) for line in (Path(engine.place.log_dir) / "shard-7.log").read_text().splitlines()]
+    for line in lines:
+        assert datetime.fromisoformat(line.pop("timestamp")).tzinfo == UTC
+    assert lines[:2] == [
+        {"process": "shard-7", "level": "info", "logger": "uvicorn", "event": "taken by someone"},
+        {
+            "process": "shard-7",
+            "level": "info",
+            "logger": "actors",
+            "event": "serves",
+            "auction": str(MAKER),
+            "slots": 7,
+        },
+    ]
+    assert lines[2]["exception"].endswith("ConnectionError: gone")
+
+
+async def test_with_a_certificate_all_goes_over_tls(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auction = await engine.open_auction()
+    certificate = make_certificate(tmp_path)
+    port = free_port()
+    door = Door(
+        host="127.0.0.1",
+        port=port,
+        public_key=PUBLIC,
+        tls_certificate=str(certificate.path),
+        tls_key=str(certificate.key_path),
+    )
+    gateway = await start_gateway(engine.place, door, "gateway-1")
+    url = f"https://127.0.0.1:{port}"
+    try:
+        # Whoever does not trust the certificate is not served.
+        with pytest.raises(CommandError, match="CERTIFICATE_VERIFY_FAILED"):
+            async with Api(url, patience_s=0) as api:
+                await api.call("GET", f"/auctions/{auction}")
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate.path))
+        async with Api(url) as api, LiveClient(url, token=token(ANNA)) as client:
+            assert (await client.bid(UUID(auction), uuid4(), amount=1_000))["outcome"] == "leading"
+            assert (await api.call("GET", f"/auctions/{auction}"))["leader_paddle"] == 1
+    finally:
+        await gateway.stop()
 
 
 async def test_the_secret_may_come_from_the_environment(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -459,7 +511,7 @@ async def test_a_shard_waits_for_a_database_that_is_just_starting(
         assert pool is not None
         return pool
 
-    monkeypatch.setattr(database, "_CONNECT_RETRY_S", 0.001)
+    monkeypatch.setattr(database, "DATABASE_RETRY_MS", 1)
     monkeypatch.setattr(asyncpg, "create_pool", fail_twice)
     pool = await database.Postgres(database_url).pool()
     await pool.close()

@@ -30,9 +30,12 @@ from engine.limits import (
 )
 from engine.rejections import Rejection
 from gateway import socket as socket_module
+from gateway.origins import Origins
 from gateway.socket import ClientSocket, HttpProtocol, Sink, Sockets, make_http_protocol, make_protocol
 from gateway.tokens import Verifier, issue, make_key_pair
 from gateway.wire import Standing, Subscribed
+from loadtests import clients
+from tests.support.certificates import Certificate, make_certificate
 from tests.support.waiting import quiet, until
 
 PRIVATE, PUBLIC = make_key_pair()
@@ -123,23 +126,41 @@ class Connections(set[Any]):
 class Gateway:
     """uvicorn with our protocol on a port of its own, and all that stands behind it."""
 
-    def __init__(self, sockets: Sockets, connections_max: int) -> None:
+    def __init__(self, sockets: Sockets, connections_max: int, certificate: Certificate | None) -> None:
         self.router = Router()
         self.fanout = Fanout()
         self.sockets = sockets
         self.now = NOW
         protocol = make_protocol(
-            self.router, self.fanout, self.fanout, Verifier(PUBLIC).verify, lambda: self.now, sockets
+            self.router,
+            self.fanout,
+            self.fanout,
+            Verifier(PUBLIC).verify,
+            lambda: self.now,
+            sockets,
+            Origins("https://gavel.example", is_tls=certificate is not None),
         )
         self.http = make_http_protocol(connections_max)
-        config = uvicorn.Config(_app, ws=protocol, lifespan="off", log_config=None, http=self.http)
+        config = uvicorn.Config(
+            _app,
+            ws=protocol,
+            lifespan="off",
+            log_config=None,
+            http=self.http,
+            ssl_certfile=None if certificate is None else certificate.path,
+            ssl_keyfile=None if certificate is None else certificate.key_path,
+        )
         self.server = uvicorn.Server(config)
+        self.certificate = certificate
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
 
     @asynccontextmanager
     async def client(self, hello: str | None = HELLO, path: str = "/v1/live", **options: Any) -> AsyncIterator[Any]:
-        async with connect(f"ws://127.0.0.1:{self.port}{path}", **options) as client:
+        scheme = "ws"
+        if self.certificate is not None:
+            scheme, options = "wss", {"ssl": self.certificate.trust(), **options}
+        async with connect(f"{scheme}://127.0.0.1:{self.port}{path}", **options) as client:
             if hello is not None:
                 await client.send(hello)
                 assert (await answer(client))["type"] == "welcome"
@@ -155,8 +176,10 @@ async def _app(scope: Any, receive: Any, send: Any) -> None:
 
 
 @asynccontextmanager
-async def running(sockets: Sockets | None = None, connections_max: int = SOCKETS_MAX) -> AsyncIterator[Gateway]:
-    gateway = Gateway(Sockets() if sockets is None else sockets, connections_max)
+async def running(
+    sockets: Sockets | None = None, connections_max: int = SOCKETS_MAX, certificate: Certificate | None = None
+) -> AsyncIterator[Gateway]:
+    gateway = Gateway(Sockets() if sockets is None else sockets, connections_max, certificate)
     # As inside a Ray actor: not `serve`, which takes the process's signals.
     gateway.server.config.load()
     gateway.server.lifespan = gateway.server.config.lifespan_class(gateway.server.config)
@@ -601,6 +624,28 @@ async def test_other_paths_are_not_found(gateway: Gateway) -> None:
         pass
 
 
+@pytest.mark.parametrize(
+    "origin",
+    ["http://127.0.0.1:{port}", "HTTP://127.0.0.1:{port}", "https://gavel.example", "https://gavel.example:443"],
+)
+async def test_pages_of_our_own_origin_and_of_those_listed_may_connect(gateway: Gateway, origin: str) -> None:
+    async with gateway.client(additional_headers={"Origin": origin.format(port=gateway.port)}):
+        pass
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["https://127.0.0.1:{port}", "http://127.0.0.1", "http://gavel.example", "https://evil.example", "null", "x"],
+)
+async def test_pages_of_other_origins_may_not(gateway: Gateway, origin: str) -> None:
+    with pytest.raises(InvalidStatus) as raised:
+        async with gateway.client(additional_headers={"Origin": origin.format(port=gateway.port)}):
+            pass
+    assert raised.value.response.status_code == 403
+    assert b"GAVEL_ORIGINS" in raised.value.response.body
+    assert len(gateway.sockets) == 0
+
+
 async def test_plain_http_on_the_same_port(gateway: Gateway) -> None:
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{gateway.port}") as http, gateway.client():
         assert (await http.get("/v1/live")).text == "plain"
@@ -703,9 +748,9 @@ async def test_shutting_down_ends_who_has_not_asked_for_anything_yet(gateway: Ga
 # uvloop, on which gateways run, buffers and ends connections in its own way.
 
 
-def on_uvloop(test: Callable[[Gateway], Any]) -> None:
+def on_uvloop(test: Callable[[Gateway], Any], certificate: Certificate | None = None) -> None:
     async def run() -> None:
-        async with running() as gateway:
+        async with running(certificate=certificate) as gateway:
             await test(gateway)
 
     uvloop.run(run())
@@ -727,6 +772,49 @@ def on_uvloop(test: Callable[[Gateway], Any]) -> None:
 )
 def test_on_uvloop(test: Callable[[Gateway], Any]) -> None:
     on_uvloop(test)
+
+
+# TLS
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
+    return make_certificate(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        test_a_bid_is_acknowledged,
+        test_a_message_in_fragments,
+        test_draining_closes_all_and_whoever_comes_later,
+        test_a_client_that_reads_too_slowly_is_closed,
+        test_a_client_that_reads_on_is_caught_up,
+        test_a_slow_client_that_catches_up_reads_why,
+        test_answers_to_a_dead_peer_are_dropped,
+    ],
+)
+def test_over_tls(test: Callable[[Gateway], Any], certificate: Certificate) -> None:
+    on_uvloop(test, certificate)
+
+
+async def test_over_tls_our_own_origin_is_another(certificate: Certificate) -> None:
+    async with running(certificate=certificate) as gateway:
+        async with gateway.client(additional_headers={"Origin": f"https://127.0.0.1:{gateway.port}"}):
+            pass
+        with pytest.raises(InvalidStatus):
+            async with gateway.client(additional_headers={"Origin": f"http://127.0.0.1:{gateway.port}"}):
+                pass
+
+
+async def test_clients_of_the_benchmark_speak_tls(certificate: Certificate, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate.path))
+    async with running(certificate=certificate) as gateway:
+        client = clients.Client()
+        await clients.connect([client], f"https://127.0.0.1:{gateway.port}")
+        assert len(gateway.sockets) == 1
+        clients.disconnect([client])
+        await until(lambda: len(gateway.sockets) == 0)
 
 
 async def send_large_and_small(gateway: Gateway) -> None:
@@ -757,6 +845,10 @@ def test_large_and_small_messages_keep_apart_on_uvloop() -> None:
     on_uvloop(send_large_and_small)
 
 
+def test_large_and_small_messages_keep_apart_over_tls(certificate: Certificate) -> None:
+    on_uvloop(send_large_and_small, certificate)
+
+
 async def test_those_who_come_together_are_let_in_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket_module, "CONNECTIONS_PER_SLICE", 1)
     async with running() as gateway, AsyncExitStack() as stack:
@@ -775,7 +867,9 @@ async def test_those_who_come_together_are_let_in_one_after_another(monkeypatch:
 
 async def raw_client(gateway: Gateway, *lines: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """A WebSocket whose frames are written, or not read, by hand."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+    reader, writer = await asyncio.open_connection(
+        "127.0.0.1", gateway.port, ssl=gateway.certificate and gateway.certificate.trust()
+    )
     head = ["GET /v1/live HTTP/1.1", "Host: x", "Upgrade: websocket", "Sec-WebSocket-Version: 13"]
     head += ["Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==", *(lines or ["Connection: Upgrade"])]
     writer.write("\r\n".join([*head, "", ""]).encode())

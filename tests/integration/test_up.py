@@ -15,9 +15,10 @@ import asyncpg
 import psutil
 import pytest
 
-from gavel import cluster, postgres, up
+from gavel import cluster, postgres, up, verify
 from gavel.errors import CommandError
 from gavel.postgres import EmbeddedPostgres, folder_of
+from gavel.settings import load_settings
 from tests.support.postgres import wait_for_lock
 from tests.support.waiting import until, until_true
 
@@ -101,6 +102,31 @@ async def test_an_old_session_of_its_own_does_not_keep_an_engine_out(hold: up._H
     assert lost is not None
     await hold.take()
     await until(lost.is_closed)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "hush@127.0.0.1:1/gavel",
+        "hush@127.0.0.1:hush/gavel",
+        "hush/@127.0.0.1/gavel",
+        "hush#@127.0.0.1/gavel",
+        "hush?x=1@127.0.0.1/gavel",
+        "hush@[::1/gavel",
+        "hush@127.0.0.1/gavel?sslmode=hush",
+    ],
+)
+async def test_a_database_that_cannot_be_used_is_named_without_its_password(address: str) -> None:
+    settings = load_settings(database_url=f"postgresql://gavel:{address}")
+    assert settings.database_url is not None
+    with pytest.raises(CommandError) as caught:
+        async with up._held_database(settings.database_url, settings, asyncio.Event()):
+            pass
+    assert "check GAVEL_DATABASE_URL" in str(caught.value)
+    assert "hush" not in str(caught.value)
+    with pytest.raises(CommandError) as caught:
+        await verify._verify(settings.database_url, None)
+    assert "hush" not in str(caught.value)
 
 
 async def test_a_database_that_loses_commits_is_refused(database_url: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Final, cast
 import msgspec
 import picows
 
-from engine.limits import LINK_GREETING_MS, SECOND_MS
+from engine.limits import LINK_GREETING_MS, PROBE_TIMEOUT_MS, SECOND_MS
 from tests.simulation.world import Handle, Process, World
 
 PING: Final = picows.WSMsgType.PING
@@ -26,7 +26,6 @@ CLOSE: Final = picows.WSMsgType.CLOSE
 TEXT: Final = picows.WSMsgType.TEXT
 BINARY: Final = picows.WSMsgType.BINARY
 _INTERNAL_ERROR: Final = 1011
-_PROBE_TIMEOUT_S: Final = 0.5
 KERNEL_BYTES: Final = 2_000
 """While so much is on its way to a peer, or not read there, nothing more is sent to it."""
 _TEXT_HEADER: Final = 0x81
@@ -206,7 +205,7 @@ class SimulatedNetwork:
         await sleep(2 * wires.draw_delay_us() / 1e6)
         listening = wires.listening_at(address)
         if listening is not None and (self._process, listening.process) in wires.parted:
-            await sleep(_PROBE_TIMEOUT_S)
+            await sleep(PROBE_TIMEOUT_MS / SECOND_MS)
             return False
         return listening is None
 

@@ -22,14 +22,12 @@ from typing import Any, Final, Literal, NamedTuple, cast
 import asyncpg
 
 from actors.journal import Private, Row
-from engine.limits import DATABASE_TIMEOUT_MS, SECOND_MS, WRITE_TIMEOUT_MS
+from engine.limits import DATABASE_RETRY_MS, DATABASE_TIMEOUT_MS, READERS_MAX, SECOND_MS, WRITE_TIMEOUT_MS
 from tests.simulation.world import Process, World
 
 Values = tuple[Any, ...]
 Key = tuple[Any, ...]
 
-_READERS_MAX: Final = 4
-_CONNECT_RETRY_S: Final = 0.2
 _CONNECT_TIMEOUT_S: Final = 60.0
 """asyncpg's own."""
 _COMMAND_TIMEOUT_S: Final = DATABASE_TIMEOUT_MS / SECOND_MS
@@ -548,7 +546,7 @@ class SimulatedDatabase:
             try:
                 await pool.open()
             except (OSError, asyncpg.CannotConnectNowError):
-                await asyncio.sleep(_CONNECT_RETRY_S)
+                await asyncio.sleep(DATABASE_RETRY_MS / SECOND_MS)
             else:
                 return cast("asyncpg.Pool", pool)
 
@@ -760,7 +758,7 @@ class Pool:
     async def open(self) -> None:
         """Connect once, so that the server is known to be there."""
         first = await self._connect()
-        for _ in range(_READERS_MAX - 1):
+        for _ in range(READERS_MAX - 1):
             self._free.put_nowait(None)
         self._free.put_nowait(first)
 
@@ -798,7 +796,7 @@ class Pool:
 
     async def close(self) -> None:
         self._is_closing = True
-        for _ in range(_READERS_MAX):
+        for _ in range(READERS_MAX):
             connection = await self._free.get()
             if connection is not None:
                 await connection.close()

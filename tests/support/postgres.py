@@ -15,7 +15,7 @@ import migrations
 from gavel.postgres import EmbeddedPostgres, folder_of
 from tests.support.waiting import until_true
 
-TABLES = "bidders, entities, journal, private, shards, slots, snapshots"
+TABLES = "bidders, entities, journal, private, shards, slots, snapshots, suspensions"
 
 
 @contextmanager
