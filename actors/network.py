@@ -49,13 +49,16 @@ class WebSockets:
 
     async def connect(self, listener: picows.WSListener, address: str) -> None:
         """See `Network`."""
-        await picows.ws_connect(
+        transport, _ = await picows.ws_connect(
             lambda _request, _response: listener,
             f"ws://{address}/",
             max_frame_size=LINK_FRAME_BYTES_MAX,
             websocket_handshake_timeout=LINK_GREETING_MS / SECOND_MS,
             logger_name="link",
         )
+        # picows says nothing of a peer that goes in the middle of the handshake.
+        if transport.is_disconnected:
+            raise ConnectionResetError(f"{address} broke the connection off")
 
     async def refuses(self, address: str) -> bool:
         """See `Network`."""

@@ -1246,6 +1246,16 @@ async def test_a_shard_that_never_greets_is_given_up(site: Site, monkeypatch: py
     assert fake.ends[0].is_gone
 
 
+async def test_who_goes_in_the_middle_of_the_handshake_is_not_waited_for() -> None:
+    async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    async with await asyncio.start_server(hang_up, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(ConnectionResetError, match="broke the connection off"):
+            await WebSockets().connect(picows.WSListener(), f"127.0.0.1:{port}")
+
+
 async def test_a_link_that_is_closed_stays_closed(site: Site, asker: Asker) -> None:
     await asker.link.close()
     await until(lambda: not site.servers[-1].ends)
