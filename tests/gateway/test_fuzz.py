@@ -386,6 +386,7 @@ class Wire(asyncio.Transport):
         self.is_ended = False
         self._loop = loop
         self._is_closing = False
+        self._is_reading = True
         self._protocol: asyncio.BaseProtocol
 
     def receive(self, data: bytes) -> None:
@@ -422,10 +423,13 @@ class Wire(asyncio.Transport):
         return 0
 
     def pause_reading(self) -> None:
-        pass
+        self._is_reading = False
 
     def resume_reading(self) -> None:
-        pass
+        self._is_reading = True
+
+    def is_reading(self) -> bool:
+        return self._is_reading
 
     def is_closing(self) -> bool:
         return self._is_closing

@@ -10,14 +10,14 @@ from tests.support.waiting import quiet
 
 
 async def test_all_together_do_one_slice_a_turn() -> None:
-    slices = Slices()
+    slices = Slices(per_slice=100)
     done: list[tuple[str, int]] = []
     for name in "abc":
-        slices.run(range(SOCKETS_PER_SLICE // 2 + 10), lambda item, name=name: done.append((name, item)))  # type: ignore[misc]
-    assert len(done) == SOCKETS_PER_SLICE
+        slices.run(range(60), lambda item, name=name: done.append((name, item)))  # type: ignore[misc]
+    assert len(done) == 100
     await asyncio.sleep(0)
-    assert len(done) == 3 * (SOCKETS_PER_SLICE // 2 + 10)
-    assert sorted(done) == [(name, item) for name in "abc" for item in range(SOCKETS_PER_SLICE // 2 + 10)]
+    assert len(done) == 180
+    assert sorted(done) == [(name, item) for name in "abc" for item in range(60)]
 
 
 async def test_what_is_dear_is_done_in_smaller_slices() -> None:

@@ -15,7 +15,6 @@ import pytest
 
 from actors import shard as shard_module
 from actors.messages import Watch
-from engine.limits import SOCKETS_PER_SLICE
 from gateway import gateway_actor
 from gateway import socket as socket_module
 from gateway.gateway_actor import Door, start_gateway
@@ -188,9 +187,9 @@ async def test_a_socket_that_stops_reading_is_told_the_state_when_it_reads_on(en
 
 async def test_those_who_stop_reading_hold_nobody_up(engine: Engine) -> None:
     auction = await engine.open_auction()
-    async with viewers(engine, auction, 4 * SOCKETS_PER_SLICE) as guests, bidders(engine, auction) as bids:
+    async with viewers(engine, auction, 1_000) as guests, bidders(engine, auction) as bids:
         await until(lambda: all(guest.seq == 1 for guest in guests))
-        slow, fast = guests[::4], [guest for number, guest in enumerate(guests) if number % 4]
+        slow, fast = guests[::10], [guest for number, guest in enumerate(guests) if number % 10]
         for guest in slow:
             guest.stop_reading()
         while sum(client.is_behind for client in engine.gateway._sockets._open) < len(slow):
