@@ -756,19 +756,19 @@ def on_uvloop(test: Callable[[Gateway], Any], certificate: Certificate | None = 
     uvloop.run(run())
 
 
+ON_EACH_TRANSPORT = [
+    test_a_bid_is_acknowledged,
+    test_a_message_in_fragments,
+    test_draining_closes_all_and_whoever_comes_later,
+    test_a_client_that_reads_too_slowly_is_closed,
+    test_a_client_that_reads_on_is_caught_up,
+    test_a_slow_client_that_catches_up_reads_why,
+    test_answers_to_a_dead_peer_are_dropped,
+]
+
+
 @pytest.mark.parametrize(
-    "test",
-    [
-        test_a_bid_is_acknowledged,
-        test_a_message_in_fragments,
-        test_draining_closes_all_and_whoever_comes_later,
-        test_a_client_that_reads_too_slowly_is_closed,
-        test_a_client_that_reads_on_is_caught_up,
-        test_a_slow_client_that_catches_up_reads_why,
-        test_unread_pongs_count_as_well,
-        test_answers_to_a_dead_peer_are_dropped,
-        test_an_upgrade_as_browsers_write_it,
-    ],
+    "test", [*ON_EACH_TRANSPORT, test_unread_pongs_count_as_well, test_an_upgrade_as_browsers_write_it]
 )
 def test_on_uvloop(test: Callable[[Gateway], Any]) -> None:
     on_uvloop(test)
@@ -782,20 +782,23 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
     return make_certificate(tmp_path_factory.mktemp("tls"))
 
 
-@pytest.mark.parametrize(
-    "test",
-    [
-        test_a_bid_is_acknowledged,
-        test_a_message_in_fragments,
-        test_draining_closes_all_and_whoever_comes_later,
-        test_a_client_that_reads_too_slowly_is_closed,
-        test_a_client_that_reads_on_is_caught_up,
-        test_a_slow_client_that_catches_up_reads_why,
-        test_answers_to_a_dead_peer_are_dropped,
-    ],
-)
+@pytest.mark.parametrize("test", ON_EACH_TRANSPORT)
 def test_over_tls(test: Callable[[Gateway], Any], certificate: Certificate) -> None:
     on_uvloop(test, certificate)
+
+
+def test_over_tls_too_those_who_come_together_wait_for_their_turns(
+    certificate: Certificate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def come(gateway: Gateway) -> None:
+        async with AsyncExitStack() as stack:
+            clients = await asyncio.gather(*(stack.enter_async_context(gateway.client()) for _ in range(30)))
+            for client in clients:
+                await client.send('{"op":"ping","ref":7}')
+                assert (await answer(client))["type"] == "pong"
+
+    monkeypatch.setattr(socket_module, "CONNECTIONS_PER_SLICE", 1)
+    on_uvloop(come, certificate)
 
 
 async def test_over_tls_our_own_origin_is_another(certificate: Certificate) -> None:
