@@ -1,9 +1,7 @@
 """The door of a whole engine: TLS, suspension, and no secret in a log, whatever goes wrong."""
 
 import asyncio
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from uuid import uuid4
 
 import asyncpg
@@ -17,7 +15,7 @@ from gateway.tokens import issue, make_key_pair
 from tests.e2e.engine import Engine, wait_until
 from tests.e2e.live import Live, call, connected, open_auction
 from tests.support.certificates import make_certificate
-from tests.support.postgres import OwnPostgres
+from tests.support.postgres import OwnPostgres, own_postgres
 
 SECRET = "hush-this-is-the-clusters-secret"
 OTHER_SECRET = "hush-this-is-not-the-clusters-secret"
@@ -28,14 +26,8 @@ pytestmark = pytest.mark.timeout(180)
 
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[OwnPostgres]:
-    # Not pytest's folder: Postgres, as another user, must be able to reach it.
-    with tempfile.TemporaryDirectory(prefix="gt-", dir="/tmp") as folder:
-        Path(folder).chmod(0o755)
-        postgres = OwnPostgres(Path(folder))
-        try:
-            yield postgres
-        finally:
-            postgres.stop()
+    with own_postgres() as postgres:
+        yield postgres
 
 
 @pytest.fixture(scope="module")

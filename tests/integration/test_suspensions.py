@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import UUID
@@ -17,20 +16,14 @@ from gateway.suspensions import Suspensions, suspend
 from gavel.errors import CommandError
 from gavel.suspend import _suspend
 from tests.integration.test_gateway import ANNA, BEN, Engine, running
-from tests.support.postgres import OwnPostgres
+from tests.support.postgres import OwnPostgres, own_postgres
 from tests.support.waiting import until
 
 
 @pytest.fixture
 def postgres() -> Iterator[OwnPostgres]:
-    # Not pytest's folder: Postgres, as another user, must be able to reach it.
-    with tempfile.TemporaryDirectory(prefix="gt-", dir="/tmp") as folder:
-        Path(folder).chmod(0o755)
-        postgres = OwnPostgres(Path(folder))
-        try:
-            yield postgres
-        finally:
-            postgres.stop()
+    with own_postgres() as postgres:
+        yield postgres
 
 
 async def test_a_suspended_user_is_closed_and_let_in_no_more_until_that_is_lifted(

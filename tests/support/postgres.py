@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,6 +56,18 @@ class OwnPostgres:
     def stop(self) -> None:
         """Stop it in good order."""
         self._postgres.stop()
+
+
+@contextmanager
+def own_postgres() -> Iterator[OwnPostgres]:
+    """A Postgres in a folder that, unlike pytest's, another user can reach, as whom root starts it."""
+    with tempfile.TemporaryDirectory(prefix="gt-", dir="/tmp") as folder:
+        Path(folder).chmod(0o755)
+        postgres = OwnPostgres(Path(folder))
+        try:
+            yield postgres
+        finally:
+            postgres.stop()
 
 
 async def wait_for_lock(connection: asyncpg.Connection | asyncpg.Pool, backend_pid: int) -> None:
